@@ -1,0 +1,1 @@
+"""Bayesian deep learning on PyTorch: one likelihood interface, one posterior interface."""

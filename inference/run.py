@@ -1,0 +1,145 @@
+"""The one loop: every sampler, optimiser and meta-training goes through :func:`run`.
+
+A method is a frozen dataclass of hyperparameters with four functions. States and infos are named tuples of
+tensors (dicts and named tuples nest), so that one loop can checkpoint and resume any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayesnn.configured import describe
+from bayesnn.files import flatten, read_tensors, unflatten, write_tensors
+
+Callback = Callable[[int, Any, Any], None]
+
+
+class Method(Protocol):
+    """How a posterior is computed: ``num_steps`` calls of ``step``, then ``result``."""
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps a whole run takes."""
+        ...
+
+    def init(self, target: Any, generator: torch.Generator) -> Any:
+        """The state before the first step."""
+        ...
+
+    def step(self, target: Any, state: Any, generator: torch.Generator) -> tuple[Any, Any]:
+        """One step: the new state, and an info (a named tuple of small tensors) for traces and progress."""
+        ...
+
+    def keep(self, state: Any, index: int) -> dict[str, Tensor] | None:
+        """What of the state after step ``index`` is a draw worth keeping, or None."""
+        ...
+
+    def result(self, target: Any, state: Any, draws: dict[str, Tensor], infos: dict[str, Tensor]) -> Any:
+        """The answer: ``draws`` and ``infos`` are stacked over (kept) steps along a new first dimension."""
+        ...
+
+
+def run(
+    method: Method,
+    target: Any,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+) -> Any:
+    """Run a method on a target and return its result.
+
+    Args:
+        method: the algorithm and its hyperparameters.
+        target: what it works on; its ``fingerprint`` (a string), where it has one, ties a checkpoint to its data.
+        seed: seeds the one generator that every random draw of the run comes from.
+        progress: show a progress bar with the method's infos.
+        callbacks: each is called as ``callback(index, state, info)`` after every step.
+        checkpoint: a file, written every ``checkpoint_every`` steps and on interruption. If it exists, the run goes on
+            from it, and the result equals that of an uninterrupted run bit for bit on one machine.
+        checkpoint_every: steps between two writes.
+
+    Raises:
+        ValueError: if the checkpoint belongs to another method, target or seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = method.init(target, generator)
+    identity = {"method": describe(method), "target": getattr(target, "fingerprint", ""), "seed": seed}
+    trace: list[dict[str, Tensor]] = []
+    kept: list[dict[str, Tensor]] = []
+    start = 0
+    if checkpoint is not None and Path(checkpoint).exists():
+        state, trace, kept, start = _resume(checkpoint, identity, state, generator)
+
+    def save(index: int) -> None:
+        if checkpoint is not None:
+            tensors = {"generator": generator.get_state()} | flatten(state, "state")
+            tensors |= {f"trace.{name}": values for name, values in _stack(trace).items()}
+            tensors |= {f"kept.{name}": values for name, values in _stack(kept).items()}
+            write_tensors(checkpoint, tensors, identity | {"step": index})
+
+    bar = tqdm(total=method.num_steps, initial=start, disable=not progress, desc=type(method).__name__)
+    index = start
+    try:
+        for index in range(start, method.num_steps):
+            # The state is replaced in one assignment, so that an interruption leaves a state from between two steps.
+            before = generator.get_state()
+            try:
+                state, info = method.step(target, state, generator)
+            except KeyboardInterrupt:
+                generator.set_state(before)
+                raise
+            trace.append(flatten(info))
+            draw = method.keep(state, index)
+            if draw is not None:
+                kept.append(draw)
+            for callback in callbacks:
+                callback(index, state, info)
+            if (index + 1) % checkpoint_every == 0 or index + 1 == method.num_steps:
+                save(index + 1)
+            if progress and (index % 10 == 0 or index + 1 == method.num_steps):
+                bar.set_postfix({name: f"{value.double().mean():.3g}" for name, value in trace[-1].items()})
+            bar.update()
+    except KeyboardInterrupt:
+        save(len(trace))
+        raise
+    finally:
+        bar.close()
+    return method.result(target, state, _stack(kept), _stack(trace))
+
+
+def _stack(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]} if steps else {}
+
+
+def _unstack(stacked: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    length = len(next(iter(stacked.values()))) if stacked else 0
+    return [{name: values[index] for name, values in stacked.items()} for index in range(length)]
+
+
+def _resume(
+    path: str | Path, identity: dict[str, Any], state: Any, generator: torch.Generator
+) -> tuple[Any, list[dict[str, Tensor]], list[dict[str, Tensor]], int]:
+    tensors, description = read_tensors(path)
+    for key, value in identity.items():
+        if description.get(key) != value:
+            raise ValueError(
+                f"checkpoint {str(path)!r} belongs to another run: its {key} is {description.get(key)!r}, "
+                f"this run's is {value!r}. Use another file, or delete this one to start afresh."
+            )
+    generator.set_state(tensors["generator"])
+    parts: dict[str, dict[str, Tensor]] = {"trace": {}, "kept": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part in parts:
+            parts[part][rest] = tensor
+    state = unflatten(tensors, state, "state")
+    return state, _unstack(parts["trace"]), _unstack(parts["kept"]), int(description["step"])
