@@ -58,9 +58,7 @@ def unflatten(tensors: Mapping[str, Tensor], like: Any, prefix: str = "") -> Any
     """Inverse of :func:`flatten`: fill the structure of ``like`` with the named tensors."""
     if isinstance(like, Tensor):
         return tensors[prefix].to(like.device)
-    filled = {
-        key: unflatten(tensors, child, f"{prefix}.{key}" if prefix else key) for key, child in children(like)
-    }
+    filled = {key: unflatten(tensors, child, f"{prefix}.{key}" if prefix else key) for key, child in children(like)}
     return filled if isinstance(like, dict) else type(like)(**filled)
 
 
