@@ -86,7 +86,7 @@ def clip_by_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
         The clipped gradients, and the norm before clipping (a scalar).
     """
     norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
-    factor = (max_norm / norm.clamp_min(max_norm)).nan_to_num(0.0)
+    factor = max_norm / norm.clamp_min(max_norm)
     return {name: grad * factor for name, grad in grads.items()}, norm
 
 

@@ -1,0 +1,1 @@
+"""Amortised inference: networks trained once on tasks from a prior, which then answer in one forward pass."""
