@@ -4,7 +4,9 @@ Bucket probabilities :math:`p_k = \\mathrm{softmax}(\\mathrm{logits})_k` over bo
 buckets :math:`1 \\dots K-2` are uniform. The first bucket is a half-normal that points down from :math:`b_1`, the last
 one a half-normal that points up from :math:`b_{K-1}`, so that the support is the whole line:
 
-.. math:: V = b_1 - s_0 |Z| \\text{ with probability } p_0, \\qquad V = b_{K-1} + s_1 |Z| \\text{ with probability } p_{K-1}.
+.. math::
+    V = b_1 - s_0 |Z| \\text{ with probability } p_0, \\qquad
+    V = b_{K-1} + s_1 |Z| \\text{ with probability } p_{K-1}.
 
 The tail scales :math:`s_0, s_1` don't depend on the widths of the outermost buckets. (Where they do, many buckets make
 thin tails, and one outlier costs more than all other points together.)
@@ -16,7 +18,7 @@ expected improvement, cdf and quantiles leave parts of the tails out; here every
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,11 +30,11 @@ _HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
 def prior_borders(samples: Tensor, num_buckets: int, *, coverage: float = 0.998) -> Tensor:
     """Borders for outcomes that look like ``samples``: half-way between quantiles and a uniform grid.
 
-    With the empirical quantile function :math:`q` and the central interval :math:`[l, u]` that holds ``coverage`` of the
-    samples, :math:`b_k = \\frac12 q(c_k) + \\frac12 (l + (u - l) k / K)`. Quantiles alone make wide buckets in the tails,
-    where a narrow prediction is then cut off; a uniform grid alone wastes its buckets there. The mean of the two is
-    fine where the samples are dense, and every width is at least half a uniform one, so that repeated samples
-    make no empty bucket.
+    With the empirical quantile function :math:`q` and the central interval :math:`[l, u]` that holds ``coverage`` of
+    the samples, :math:`b_k = \\frac12 q(c_k) + \\frac12 (l + (u - l) k / K)`. Quantiles alone make wide buckets in
+    the tails, where a narrow prediction is then cut off; a uniform grid alone wastes its buckets there. The mean of
+    the two is fine where the samples are dense, and every width is at least half a uniform one, so that repeated
+    samples make no empty bucket.
 
     Args:
         samples: any shape; draws of the outcomes in the units in which the histogram will be used.
@@ -64,8 +66,8 @@ def prior_borders(samples: Tensor, num_buckets: int, *, coverage: float = 0.998)
 def prior_tail_scales(samples: Tensor, borders: Tensor) -> Tensor:
     """Scales (2,) of the half-normal tails that fit the samples outside the inner borders.
 
-    Each is the median excess over the median of a standard half-normal, which a few extreme samples don't move. A side with
-    fewer than 10 samples takes :func:`default_tail_scale`.
+    Each is the median excess over the median of a standard half-normal, which a few extreme samples don't move. A
+    side with fewer than 10 samples takes :func:`default_tail_scale`.
     """
     flat = samples.detach().flatten()
     scales = []
@@ -84,8 +86,9 @@ class Histogram(Distribution):
     """Uniform buckets between half-normal tails.
 
     Args:
-        borders: (K+1,), or (*batch, K+1) where the units differ; increasing, K at least 3. The density starts its tails at
-            ``borders[1]`` and ``borders[-2]``; the outermost borders are kept for plots and for the default tail scale.
+        borders: (K+1,), or (*batch, K+1) where the units differ; increasing, K at least 3. The density starts its
+            tails at ``borders[1]`` and ``borders[-2]``; the outermost borders are kept for plots and for the default
+            tail scale.
         logits: (*batch, K) unnormalised log probabilities of the buckets.
         tail_scale: (2,) or (*batch, 2), scales of the lower and the upper tail; a number serves both. Default:
             :func:`default_tail_scale`.
@@ -94,7 +97,7 @@ class Histogram(Distribution):
         ValueError: if the shapes don't match, the borders don't increase or a tail scale isn't positive.
     """
 
-    arg_constraints = {"logits": constraints.independent(constraints.real, 1)}
+    arg_constraints: ClassVar = {"logits": constraints.independent(constraints.real, 1)}
     support = constraints.real
     has_rsample = True
 
@@ -230,7 +233,7 @@ class Histogram(Distribution):
         return torch.where(index == 0, mass * outside, torch.where(self._in_tail(index), 1 - mass * outside, inner))
 
     def icdf(self, value: Tensor) -> Tensor:
-        """The quantile at probability ``value`` in (0, 1), (*sample, *batch); differentiable in it and in the logits."""
+        """The quantile at probability ``value`` in (0, 1), (*sample, *batch); differentiable in it and the logits."""
         value = _broadcast(torch.as_tensor(value).to(self.logits), self.batch_shape)
         probs = self.probs
         cumulative = probs.cumsum(-1)

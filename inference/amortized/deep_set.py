@@ -11,6 +11,7 @@ decoder gets the count as well; an empty context has r = 0 and count 0.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -122,6 +123,6 @@ class DeepSetNetwork(Configured, nn.Module):
 def _mlp(inputs: int, width: int, hidden_layers: int, outputs: int) -> nn.Sequential:
     sizes = [inputs] + [width] * hidden_layers
     layers: list[nn.Module] = []
-    for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for size_in, size_out in pairwise(sizes):
         layers += [nn.Linear(size_in, size_out), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))

@@ -2,10 +2,12 @@
 
 Each step draws one context size n, a batch of tasks of n + q points, and takes one Adam step on
 
-.. math:: L = -\\frac{1}{B q} \\sum_{b, j} \\log p_\\theta(f_{bj} \\mid x_{bj}, D_b) + \\log p_\\theta(y_{bj} \\mid x_{bj}, D_b),
+.. math::
+    L = -\\frac{1}{B q} \\sum_{b, j} \\log p_\\theta(f_{bj} \\mid x_{bj}, D_b)
+    + \\log p_\\theta(y_{bj} \\mid x_{bj}, D_b),
 
-with the outcomes standardised by the context. Its minimiser is the posterior predictive under the prior (Müller et al., Transformers
-can do Bayesian inference, ICLR 2022, corollary 1.1).
+with the outcomes standardised by the context. Its minimiser is the posterior predictive under the prior (Müller et
+al., Transformers can do Bayesian inference, ICLR 2022, corollary 1.1).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, clip_by
 
 
 class AmortizedNetwork(Protocol):
-    """An ``nn.Module`` called as ``network(context_X, context_y, X, num_features)``: distributions of f and of y per query."""
+    """An ``nn.Module`` that gives the distributions of f and of y at each query, see ``SetTransformer.forward``."""
 
     def __call__(
         self, context_X: Tensor, context_y: Tensor, X: Tensor, num_features: Tensor | None = None
@@ -68,8 +70,8 @@ class MetaInfo(NamedTuple):
 class MetaTraining(Configured):
     """Adam with warm-up and cosine decay over batches of tasks; a method for :func:`bayesnn.inference.run.run`.
 
-    The context size is 0 or 1 in a tenth of the steps and otherwise log-uniform over 2..``max_context``. The number of tasks
-    per batch is inverse to their number of rows, so that every step costs about the same.
+    The context size is 0 or 1 in a tenth of the steps and otherwise log-uniform over 2..``max_context``. The number
+    of tasks per batch is inverse to their number of rows, so that every step costs about the same.
 
     Attributes:
         num_steps: steps.
@@ -163,9 +165,9 @@ def gap_to_exact(
         tasks_per_batch: tasks at a time.
 
     Returns:
-        For each n (as a string) ``nll_f``, ``nll_y``, ``exact_nll_f``, ``exact_nll_y``, ``gap_f``, ``gap_y``, the standard
-        errors ``stderr_f`` and ``stderr_y`` of the gaps over tasks, and ``coverage_y``, the share of observations
-        inside the central 90 % interval.
+        For each n (as a string) ``nll_f``, ``nll_y``, ``exact_nll_f``, ``exact_nll_y``, ``gap_f``, ``gap_y``, the
+        standard errors ``stderr_f`` and ``stderr_y`` of the gaps over tasks, and ``coverage_y``, the share of
+        observations inside the central 90 % interval.
     """
     dtype = next(network.parameters()).dtype
     table: dict[str, dict[str, float]] = {}

@@ -2,8 +2,8 @@
 
     python -m bayesnn.inference.amortized.recipes pfn --out FOLDER [--checkpoint FILE] [--export]
 
-trains from scratch, or from the checkpoint on if there is one, and writes ``pfn-gp-small.safetensors`` and its model card.
-``--export`` writes them from the checkpoint as it stands, without training.
+trains from scratch, or from the checkpoint on if there is one, and writes ``pfn-gp-small.safetensors`` and its model
+card. ``--export`` writes them from the checkpoint as it stands, without training.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def export(
         "seed": SEED,
         "hardware": "CPU, one thread",
         "torch": torch.__version__,
-        "licence": "as the package",
+        "licence": "MIT",
         "held_out": {
-            "what": "fresh draws of the prior; nats per query; the exact Gaussian process knows each task's hyperparameters",
+            "what": "fresh draws of the prior; nats per query; the exact GP knows each task's hyperparameters",
             "seed": HELD_OUT_SEED,
             "num_tasks": num_tasks,
             "by_context_size": gap_to_exact(network.eval(), recipe.prior, generator, num_tasks, CONTEXT_SIZES),

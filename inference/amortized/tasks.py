@@ -34,7 +34,8 @@ class TaskBatch(NamedTuple):
         f: (B, N, 1) noise-free function values at the same points.
         num_features: (B,) int64, how many of the d features each task has, the first ones; None: all.
         noise_std: (B,) standard deviation of y - f, where the prior knows it.
-        covariance: (B, N, N) prior covariance of f given the task's hyperparameters (mean 0), where the prior is Gaussian.
+        covariance: (B, N, N) prior covariance of f given the task's hyperparameters (mean 0), where the prior is
+            Gaussian.
     """
 
     X: Tensor
@@ -54,9 +55,9 @@ class TaskPrior(Protocol):
 def standardise_context(context_y: Tensor) -> tuple[Tensor, Tensor]:
     """Location and scale that put outcomes in the units in which every amortised network works.
 
-    The context's mean and its standard deviation (divisor n). One row gives its own value and scale 1, no rows give 0 and 1:
-    then the outcomes count as being in the prior's units already. Where all outcomes are equal (standard deviation under
-    1e-6 of their size, or of 1) the scale is 1.
+    The context's mean and its standard deviation (divisor n). One row gives its own value and scale 1, no rows give 0
+    and 1: then the outcomes count as being in the prior's units already. Where all outcomes are equal (standard
+    deviation under 1e-6 of their size, or of 1) the scale is 1.
 
     Args:
         context_y: (*batch, n, 1).
@@ -79,15 +80,17 @@ class GPTasks(Configured):
 
     * The number of features is uniform in 1..``max_features``.
     * Inputs are uniform in the cube of unit variance, standard normal, or normal with correlated columns (low rank plus
-      diagonal), a third of the tasks each; columns are then standardised over the task and moved by a small random shift
-      and scale, because in use their mean and scale are estimates. In a fifth of the tasks half of the points are drawn
-      together around one centre, as an optimiser's are.
-    * :math:`f = \\sqrt{1 - \\rho}\\, g + \\sqrt{\\rho}\\, w^\\top x` with :math:`w \\sim N(0, \\mathrm{diag}(a) / \\sum_j a_j)` and
-      a GP g of variance 1: RBF, Matérn-3/2 or Matérn-5/2 (a third each). The linear share :math:`\\rho` is 0 (a third of
-      the tasks), uniform in (0, 1) (a third) or uniform in (0.8, 1) (a third).
-    * Lengthscales are :math:`\\sqrt d \\cdot \\mathrm{LogNormal}(\\log m, s^2)` per task times :math:`\\mathrm{LogNormal}(0, s_d^2)` per
-      feature: distances grow like :math:`\\sqrt d`, so the function's roughness doesn't depend on d. In half of the tasks
-      each feature is irrelevant with a probability uniform in (0, 0.6).
+      diagonal), a third of the tasks each; columns are then standardised over the task and moved by a small random
+      shift and scale, because in use their mean and scale are estimates. In a fifth of the tasks half of the points
+      are drawn together around one centre, as an optimiser's are.
+    * :math:`f = \\sqrt{1 - \\rho}\\, g + \\sqrt{\\rho}\\, w^\\top x`; g is a GP of variance 1 and w is normal with mean
+      0, variances that sum to 1 and zeros for irrelevant features. The kernel of g is RBF, Matérn-3/2 or Matérn-5/2
+      (a third each). The linear share :math:`\\rho` is 0 (a third of the tasks), uniform in (0, 1) (a third) or
+      uniform in (0.8, 1) (a third).
+    * A lengthscale is :math:`\\sqrt d` times :math:`\\mathrm{LogNormal}(\\log m, s^2)`, one draw per task, times
+      :math:`\\mathrm{LogNormal}(0, s_d^2)`, one draw per feature: distances grow like :math:`\\sqrt d`, so the
+      function's roughness doesn't depend on d. In half of the tasks each feature is irrelevant with a probability
+      uniform in (0, 0.6).
     * The noise's standard deviation is log-uniform over ``noise_range``, relative to f's of 1.
 
     Attributes:
@@ -162,11 +165,11 @@ class GPTasks(Configured):
 
 
 def exact_log_prob(batch: TaskBatch, num_context: int) -> tuple[Tensor, Tensor]:
-    """Log predictive densities of the queries given the context, each query by itself, under the task's own hyperparameters.
+    """Log predictive densities of each query given the context, under the task's own hyperparameters.
 
-    With :math:`K = K_{cc} + \\sigma^2 I`: mean :math:`k_q^\\top K^{-1} y`, variance of f :math:`k_{qq} - k_q^\\top K^{-1} k_q`
-    (Rasmussen and Williams, 2006, equations 2.23-2.24). A network doesn't know the hyperparameters, so even a perfect one
-    stays behind this bound.
+    With :math:`K = K_{cc} + \\sigma^2 I`: mean :math:`k_q^\\top K^{-1} y`, variance of f :math:`k_{qq} - k_q^\\top
+    K^{-1} k_q` (Rasmussen and Williams, 2006, equations 2.23-2.24). A network doesn't know the hyperparameters, so
+    even a perfect one stays behind this bound.
 
     Args:
         batch: tasks with ``covariance`` and ``noise_std``.

@@ -1,13 +1,13 @@
 """A set transformer that maps a data set and query inputs to histograms of f and of y at the queries.
 
-Rows are tokens without positions, so the order of the context doesn't matter. Context rows attend to context rows, queries
-to context rows only, in separate attention calls: no N x N mask is ever built, queries can't see each other, and the
-context's keys and values can be computed once and reused for any queries. Each attention has one learned null key and
-value besides the rows', so that an empty context is an ordinary one; the mass on it also tells the network how many
-rows there are.
+Rows are tokens without positions, so the order of the context doesn't matter. Context rows attend to context rows,
+queries to context rows only, in separate attention calls: no N x N mask is ever built, queries can't see each other,
+and the context's keys and values can be computed once and reused for any queries. Each attention has one learned null
+key and value besides the rows', so that an empty context is an ordinary one; the mass on it also tells the network
+how many rows there are.
 
-Source: Müller et al., Transformers can do Bayesian inference (ICLR 2022). Two heads over one trunk: the histogram of the latent
-function value and that of an observation, so that epistemic and aleatoric uncertainty come apart.
+Source: Müller et al., Transformers can do Bayesian inference (ICLR 2022). Two heads over one trunk: the histogram of
+the latent function value and that of an observation, so that epistemic and aleatoric uncertainty come apart.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class ContextCache(NamedTuple):
 class SetTransformer(Configured, nn.Module):
     """Transformer from (context, query inputs) to two histograms per query.
 
-    X is multiplied by :math:`\\sqrt{d_\\max / d}` and padded with zeros to :math:`d_\\max` columns, so that a row's squared
-    norm doesn't depend on the number d of features in use. Inputs are expected with columns of about mean 0 and standard
-    deviation 1, outcomes standardised by :func:`bayesnn.inference.amortized.tasks.standardise_context`.
+    X is multiplied by :math:`\\sqrt{d_\\max / d}` and padded with zeros to :math:`d_\\max` columns, so that a row's
+    squared norm doesn't depend on the number d of features in use. Inputs are expected with columns of about mean 0
+    and standard deviation 1, outcomes standardised by :func:`bayesnn.inference.amortized.tasks.standardise_context`.
 
     Args:
         max_features: :math:`d_\\max`.

@@ -1,4 +1,4 @@
-"""Reading and writing trained networks: safetensors with the network's description, and a model card in JSON beside it."""
+"""Reading and writing trained networks: safetensors that describe their network, and a model card in JSON beside."""
 
 from __future__ import annotations
 
