@@ -113,6 +113,7 @@ class GPTasks(Configured):
     def __post_init__(self) -> None:
         if self.max_features < 1:
             raise ValueError(f"max_features must be at least 1, got {self.max_features}")
+        object.__setattr__(self, "noise_range", tuple(self.noise_range))  # JSON gives a list
         if not 0 < self.noise_range[0] <= self.noise_range[1]:
             raise ValueError(f"noise_range must be two increasing positive numbers, got {self.noise_range}")
 
