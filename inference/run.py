@@ -6,7 +6,10 @@ tensors (dicts and named tuples nest), so that one loop can checkpoint and resum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,33 +90,38 @@ def run(
             write_tensors(checkpoint, tensors, identity | {"step": index})
 
     bar = tqdm(total=method.num_steps, initial=start, disable=not progress, desc=type(method).__name__)
-    index = start
-    try:
+    with bar, _deferred_interrupt() as interrupted:
         for index in range(start, method.num_steps):
-            # The state is replaced in one assignment, so that an interruption leaves a state from between two steps.
-            before = generator.get_state()
-            try:
-                state, info = method.step(target, state, generator)
-            except KeyboardInterrupt:
-                generator.set_state(before)
-                raise
+            state, info = method.step(target, state, generator)
             trace.append(flatten(info))
             draw = method.keep(state, index)
             if draw is not None:
                 kept.append(draw)
             for callback in callbacks:
                 callback(index, state, info)
-            if (index + 1) % checkpoint_every == 0 or index + 1 == method.num_steps:
+            last = index + 1 == method.num_steps
+            if last or interrupted() or (index + 1) % checkpoint_every == 0:
                 save(index + 1)
-            if progress and (index % 10 == 0 or index + 1 == method.num_steps):
+            if interrupted():
+                raise KeyboardInterrupt(f"stopped after step {index + 1} of {method.num_steps}")
+            if progress and (last or index % 10 == 0):
                 bar.set_postfix({name: f"{value.double().mean():.3g}" for name, value in trace[-1].items()})
             bar.update()
-    except KeyboardInterrupt:
-        save(len(trace))
-        raise
-    finally:
-        bar.close()
     return method.result(target, state, _stack(kept), _stack(trace))
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let the step under way finish when Ctrl-C comes, so that the checkpoint is one from between two steps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _stack(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:

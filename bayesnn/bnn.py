@@ -1,0 +1,175 @@
+"""Bayesian neural networks: a network, a likelihood, a prior and a method, each replaceable."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bayesnn.data import BayesnnWarning, Data
+from bayesnn.inference.draws import WeightPosterior
+from bayesnn.inference.ensembles.deep import DeepEnsemble
+from bayesnn.inference.mcmc.hmc import HMC
+from bayesnn.inference.run import Method, run
+from bayesnn.inference.target import NetworkTarget
+from bayesnn.inference.vi.mean_field import MeanField
+from bayesnn.likelihoods import Likelihood
+from bayesnn.model import Model
+from bayesnn.networks import mlp
+from bayesnn.posteriors import FunctionDraws
+from bayesnn.priors import Normal, PerLayer, Prior
+from bayesnn.registry import register
+
+NetworkBuilder = Callable[[int, int], nn.Module]
+
+
+class BNN(Model):
+    r"""A Bayesian neural network: :math:`y \sim p(y \mid f_w(x)),\; w \sim p(w)`, and a method that finds p(w | D).
+
+    Args:
+        network: any module whose output for a row depends on that row and its parameters alone, from (n, d) to (n, p),
+            where p is the likelihood's ``latent_size(m)``; or a function (d, p) -> module, called at fit. None:
+            ``networks.mlp(d, p, hidden=(50, 50))``. It is copied, never changed.
+        likelihood: p(y | f); Gaussian with learned noise by default.
+        prior: p(w); ``priors.Normal()`` by default.
+        method: HMC, MeanField, DeepEnsemble …; HMC by default.
+        max_draws: at most so many draws, evenly spaced, answer ``posterior`` and ``predict``: their cost is linear in it.
+        temperature: 1 for the Bayes posterior; below 1 a cold one.
+        scale_inputs: standardise the columns of X.
+
+    Raises:
+        ValueError: if max_draws or the temperature isn't positive; at fit, if the network uses batch statistics or random
+            numbers, or has the wrong number of outputs.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | NetworkBuilder | None = None,
+        likelihood: Likelihood | None = None,
+        prior: Prior | PerLayer | None = None,
+        method: Method | None = None,
+        max_draws: int = 256,
+        temperature: float = 1.0,
+        scale_inputs: bool = True,
+    ) -> None:
+        super().__init__(likelihood, scale_inputs)
+        if max_draws < 1:
+            raise ValueError(f"max_draws must be at least 1, found {max_draws}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, found {temperature}")
+        self.network = network
+        self.prior = Normal() if prior is None else prior
+        self.method = HMC() if method is None else method
+        self.max_draws, self.temperature = max_draws, temperature
+        self._weights: WeightPosterior
+        self._answering: WeightPosterior
+        self._reweighting: Tensor | None = None
+
+    def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
+        target = self._target(data, outcome_scale)
+        self._take(target, run(self.method, target, **options))
+
+    def _target(self, data: Data, outcome_scale: Tensor) -> NetworkTarget:
+        network = self.network
+        if not isinstance(network, nn.Module):
+            builder: NetworkBuilder = mlp if network is None else network
+            network = builder(data.X.shape[-1], self.likelihood.latent_size(data.Y.shape[-1]))
+        return NetworkTarget(network, self.likelihood, self.prior, data, outcome_scale, self.temperature)
+
+    def _take(self, target: NetworkTarget, weights: WeightPosterior) -> None:
+        self._fitted_network, self._fixed = target.network, target.fixed
+        self._weights, self._answering = weights, weights.draws(self.max_draws)
+        self._reweighting = None
+
+    @property
+    def weights(self) -> WeightPosterior:
+        """The posterior over the parameters: all draws, with the run's statistics. Raises NotFittedError before fit."""
+        self._require_fitted()
+        return self._weights
+
+    def diagnostics(self, X: Tensor | None = None) -> dict[str, float]:
+        """R-hat and effective sample sizes of the function values, and the run's statistics.
+
+        Args:
+            X: where to look; the first 50 training inputs by default.
+        """
+        X = self.train_inputs[0][:50] if X is None else X
+        with torch.no_grad():
+            latent = self.weights.posterior(self._fitted_network, self._scaled(X))
+        return self._weights.diagnostics(latent.values.flatten(-2))
+
+    def _latent(self, X: Tensor) -> FunctionDraws:
+        draws = self._answering.posterior(self._fitted_network, X)
+        return draws if self._reweighting is None else FunctionDraws(draws.values, self._reweighting)
+
+    def _likelihood_parameters(self) -> dict[str, Tensor]:
+        own = {n.removeprefix("likelihood."): v for n, v in self._answering.parameters.items() if n.startswith("likelihood.")}
+        return self._fixed | own
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Empty, or one entry for each set of fantasies."""
+        return torch.Size([]) if self._reweighting is None else self._reweighting.shape[:-1]
+
+    def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
+        """Multiply each draw's weight by its likelihood of the new observations (importance sampling).
+
+        Exact as the number of draws grows, but only for a few, not too surprising observations: with an effective sample
+        size below 2 it warns, and the model should be refitted.
+        """
+        scaled = self._scaled(X)
+        standardised = self._outcomes.standardise(Y) if self.likelihood.standardises else Y
+        draws = self._latent(scaled)
+        log_likelihood = self.likelihood.log_prob(draws.values, standardised.unsqueeze(-3), self._likelihood_parameters())
+        log_weights = log_likelihood.sum(-1) + (0.0 if draws.log_weights is None else draws.log_weights)
+        log_weights = torch.log_softmax(log_weights, -1)
+        effective = float((-torch.logsumexp(2 * log_weights, -1)).exp().min())
+        if effective < 2:
+            warnings.warn(
+                f"conditioning left an effective sample size of {effective:.1f} draws: refit the model with these observations",
+                BayesnnWarning,
+                stacklevel=2,
+            )
+        conditioned = copy.copy(self)
+        conditioned._reweighting = log_weights
+        return conditioned
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"draws.{name}": values for name, values in self._weights.parameters.items()}
+        state |= {f"statistics.{name}": values for name, values in self._weights.statistics.items()}
+        state |= {f"buffers.{name}": values for name, values in self._fitted_network.named_buffers()}
+        state["num_chains"] = torch.tensor(self._weights.num_chains)
+        if self._weights.log_weights is not None:
+            state["log_weights"] = self._weights.log_weights
+        return state
+
+    def _saved_arguments(self) -> dict[str, Any]:
+        # What was built at fit, not the function that built it.
+        return dict(self._arguments) | {"network": self._fitted_network}  # type: ignore[attr-defined]
+
+    def _set_state(self, tensors: dict[str, Tensor]) -> None:
+        groups: dict[str, dict[str, Tensor]] = {"draws": {}, "statistics": {}, "buffers": {}}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition(".")
+            if group in groups:
+                groups[group][rest] = tensor
+        assert self._data is not None
+        target = self._target(self._data, self._outcomes.scale)
+        target.network.load_state_dict(groups["buffers"], strict=False)
+        self._take(
+            target,
+            WeightPosterior(groups["draws"], int(tensors["num_chains"]), tensors.get("log_weights"), groups["statistics"]),
+        )
+
+
+def _surrogate(method: Method) -> Callable[..., BNN]:
+    return lambda **options: BNN(**({"method": method} | options))
+
+
+register("hmc", _surrogate(HMC()))
+register("mean-field", _surrogate(MeanField()))
+register("ensemble", _surrogate(DeepEnsemble()))

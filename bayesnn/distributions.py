@@ -1,0 +1,120 @@
+"""What torch.distributions lacks for predictions: seeded sampling, and the cdf of every likelihood's distribution."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+import numpy as np
+import scipy.special
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    NegativeBinomial,
+    Normal,
+    Poisson,
+    StudentT,
+)
+
+from bayesnn.histogram import Histogram
+
+
+@singledispatch
+def sample(distribution: Distribution, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Draw from a distribution with a generator: (*sample_shape, *batch_shape). Differentiable where rsample is.
+
+    Raises:
+        TypeError: for a distribution without a rule here.
+    """
+    raise TypeError(f"no seeded sampler for {type(distribution).__name__}")
+
+
+def _shape(distribution: Distribution, sample_shape: torch.Size) -> torch.Size:
+    return torch.Size(sample_shape) + distribution.batch_shape
+
+
+@sample.register
+def _(distribution: Normal, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+    loc = distribution.loc
+    noise = torch.randn(_shape(distribution, sample_shape), generator=generator, dtype=loc.dtype, device=loc.device)
+    return loc + distribution.scale * noise
+
+
+@sample.register
+def _(distribution: StudentT, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+    loc, shape = distribution.loc, _shape(distribution, sample_shape)
+    noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
+    df = distribution.df.expand(shape)
+    chi2 = 2 * torch._standard_gamma(df / 2, generator=generator)  # type: ignore[call-arg]
+    return loc + distribution.scale * noise * (df / chi2).sqrt()
+
+
+@sample.register
+def _(distribution: Bernoulli, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.bernoulli(distribution.probs.expand(_shape(distribution, sample_shape)), generator=generator)
+
+
+@sample.register
+def _(distribution: Categorical, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+    shape = _shape(distribution, sample_shape)
+    uniform = torch.rand((*shape, 1), generator=generator, dtype=distribution.probs.dtype)
+    # Inverse cdf; the last edge is left out, so that rounding never yields a class that doesn't exist.
+    edges = distribution.probs.cumsum(-1)[..., :-1]
+    return (uniform > edges).sum(-1)
+
+
+@sample.register
+def _(distribution: Poisson, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.poisson(distribution.rate.expand(_shape(distribution, sample_shape)), generator=generator)
+
+
+@sample.register
+def _(distribution: NegativeBinomial, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+    shape = _shape(distribution, sample_shape)
+    gamma = torch._standard_gamma(distribution.total_count.expand(shape), generator=generator)  # type: ignore[call-arg]
+    return torch.poisson(gamma * distribution.logits.exp(), generator=generator)
+
+
+@sample.register
+def _(distribution: Histogram, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+    logits = distribution.logits
+    uniform = torch.rand(_shape(distribution, sample_shape), generator=generator, dtype=logits.dtype)
+    return distribution.icdf(uniform)
+
+
+@singledispatch
+def cdf(distribution: Distribution, value: Tensor) -> Tensor:
+    """P(y <= value), elementwise. Differentiable for the Gaussian and the histogram only."""
+    return distribution.cdf(value)
+
+
+def _special(function: str, *arguments: Tensor) -> Tensor:
+    arrays = [argument.detach().double().cpu().numpy() for argument in arguments]
+    return torch.from_numpy(np.asarray(getattr(scipy.special, function)(*arrays))).to(arguments[-1])
+
+
+@cdf.register
+def _(distribution: StudentT, value: Tensor) -> Tensor:
+    return _special("stdtr", distribution.df, (value - distribution.loc) / distribution.scale)
+
+
+@cdf.register
+def _(distribution: Bernoulli, value: Tensor) -> Tensor:
+    return torch.where(value < 0, 0.0, torch.where(value < 1, 1 - distribution.probs, torch.ones_like(distribution.probs)))
+
+
+@cdf.register
+def _(distribution: Poisson, value: Tensor) -> Tensor:
+    floor = value.floor()
+    below = _special("gammaincc", floor.clamp_min(0) + 1, distribution.rate)
+    return torch.where(floor < 0, torch.zeros_like(below), below)
+
+
+@cdf.register
+def _(distribution: NegativeBinomial, value: Tensor) -> Tensor:
+    # torch counts successes of probability p before total_count failures; I_{1-p}(r, k+1).
+    floor = value.floor()
+    below = _special("betainc", distribution.total_count, floor.clamp_min(0) + 1, 1 - distribution.probs)
+    return torch.where(floor < 0, torch.zeros_like(below), below)

@@ -1,0 +1,317 @@
+"""The one base class: a model is fitted to data and answers with a posterior over functions and a prediction of y.
+
+Inputs are scaled and outcomes standardised inside; everything comes back in the user's units. Every model is a BoTorch
+model, so that any acquisition function that works with joint draws works with it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from botorch.models.model import Model as BotorchModel
+from botorch.posteriors import Posterior
+from botorch.sampling.base import MCSampler
+from torch import Tensor
+
+from bayesnn.configured import Configured, build, describe
+from bayesnn.data import Data, Scaling, check_inputs, identity, standardisation
+from bayesnn.distributions import sample
+from bayesnn.files import read_tensors, write_tensors
+from bayesnn.functions import FunctionDraw, function_draws_of
+from bayesnn.likelihoods import Gaussian, Likelihood
+from bayesnn.posteriors import FunctionDraws, function_draws
+from bayesnn.posteriors import Gaussian as GaussianPosterior
+from bayesnn.predictive import Predictive
+
+
+class NotFittedError(RuntimeError):
+    """A prediction was asked of a model that hasn't seen data."""
+
+
+class Model(Configured, BotorchModel):
+    """Base class of all models.
+
+    A family implements ``_fit``, ``_latent`` (the posterior of its latent functions in standardised units),
+    ``_state``/``_set_state`` (its tensors) and ``condition_on_observations``.
+
+    Args:
+        likelihood: p(y | f).
+        scale_inputs: standardise the columns of X; switch it off for inputs that are on a common scale already.
+    """
+
+    def __init__(self, likelihood: Likelihood | None = None, scale_inputs: bool = True) -> None:
+        super().__init__()
+        self.likelihood = Gaussian() if likelihood is None else likelihood
+        self.scale_inputs = scale_inputs
+        self._data: Data | None = None
+        self._inputs: Scaling
+        self._outcomes: Scaling
+        self._outputs: list[int] | None = None
+
+    # What a family implements ---------------------------------------------------------------------------------------
+
+    def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
+        """Fit to standardised data; ``options`` go to :func:`bayesnn.inference.run.run` where there is a run."""
+        raise TypeError(f"{type(self).__name__} doesn't define how it is fitted")
+
+    def _latent(self, X: Tensor) -> Posterior:
+        """The posterior of the latent functions at scaled inputs, in standardised units."""
+        raise TypeError(f"{type(self).__name__} doesn't define its posterior")
+
+    def _likelihood_parameters(self) -> dict[str, Tensor]:
+        """The likelihood's parameters in standardised units, stacked like the draws."""
+        return {}
+
+    def _state(self) -> dict[str, Tensor]:
+        """The fitted tensors that ``save`` writes."""
+        return {}
+
+    def _set_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take the fitted tensors back; ``self._data`` is there already."""
+
+    # Fitting ---------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        X: Any,
+        Y: Any,
+        *,
+        seed: int = 0,
+        progress: bool = False,
+        callbacks: Sequence[Any] = (),
+        checkpoint: str | Path | None = None,
+    ) -> Self:
+        """Fit the model to data.
+
+        Args:
+            X: inputs (n, d): tensor, array or data frame; its dtype is the model's.
+            Y: outcomes (n, m) or (n,); class labels (n,) whole numbers.
+            seed: of every random draw in the fit.
+            progress: show a progress bar where fitting takes steps.
+            callbacks: called as ``callback(index, state, info)`` after every step.
+            checkpoint: a file from which an interrupted fit goes on with the same result.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            TypeError, ValueError: for data that can't be used, before any work starts.
+        """
+        X = check_inputs(X)
+        Y = self.likelihood.check(Y, X.shape[0], X)
+        inputs = standardisation(X, "X") if self.scale_inputs else identity(X.shape[-1], X)
+        standardised = self.likelihood.standardises
+        outcomes = standardisation(Y, "Y") if standardised else identity(Y.shape[-1], X)
+        data = Data(inputs.standardise(X), outcomes.standardise(Y) if standardised else Y)
+        self._fit(data, outcomes.scale, seed=seed, progress=progress, callbacks=callbacks, checkpoint=checkpoint)
+        self._data, self._inputs, self._outcomes = data, inputs, outcomes
+        return self.eval()
+
+    def _require_fitted(self) -> Data:
+        if self._data is None:
+            raise NotFittedError(f"this {type(self).__name__} isn't fitted yet: call fit(X, Y) first")
+        return self._data
+
+    @property
+    def train_inputs(self) -> tuple[Tensor]:
+        """The inputs it was fitted to, in the user's units, (n, d)."""
+        return (self._inputs.loc + self._inputs.scale * self._require_fitted().X,)
+
+    @property
+    def train_targets(self) -> Tensor:
+        """The outcomes it was fitted to, in the user's units, (n, m)."""
+        data = self._require_fitted()
+        return self._outcomes.loc + self._outcomes.scale * data.Y if self.likelihood.standardises else data.Y
+
+    @property
+    def num_outputs(self) -> int:
+        """How many functions the posterior is over."""
+        if self._outputs is not None:
+            return len(self._outputs)
+        m = self._require_fitted().Y.shape[-1]
+        latent = self.likelihood.latent_size(m)
+        return self.likelihood.function_values(self._data.X.new_zeros(1, latent)).shape[-1]  # type: ignore[union-attr]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Empty: one model, whatever the t-batch."""
+        return torch.Size([])
+
+    # Answers ---------------------------------------------------------------------------------------------------------
+
+    def _scaled(self, X: Any) -> Tensor:
+        data = self._require_fitted()
+        X = check_inputs(X, num_features=data.X.shape[-1], batched=True)
+        return self._inputs.standardise(X.to(data.X))
+
+    def posterior(
+        self,
+        X: Tensor,
+        output_indices: list[int] | None = None,
+        observation_noise: bool | Tensor = False,
+        posterior_transform: Any = None,
+    ) -> Posterior:
+        """p(f(X) | D), joint over the q points.
+
+        Args:
+            X: (*batch, q, d).
+            output_indices: which outputs; all by default.
+            observation_noise: True: the posterior of observations (for draws, with the same noise at every call); a
+                tensor that broadcasts to (*batch, q, m): their noise variances.
+            posterior_transform: a BoTorch posterior transform, applied to the draws.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            TypeError, ValueError: for inputs that can't be used.
+        """
+        scaled = self._scaled(X)
+        latent = self._latent(scaled)
+        if observation_noise is True:
+            posterior = self._observations(latent, scaled)
+        else:
+            posterior = self._functions(latent)
+            if isinstance(observation_noise, Tensor):
+                posterior = _with_noise_var(posterior, observation_noise.to(scaled) / self._outcomes.scale.square())
+        posterior = posterior.affine(self._outcomes.loc.to(scaled), self._outcomes.scale.to(scaled))
+        if self._outputs is not None:
+            posterior = posterior.outputs(self._outputs)
+        if output_indices is not None:
+            posterior = posterior.outputs(list(output_indices))
+        if posterior_transform is not None:
+            posterior = posterior.transformed(posterior_transform, torch.as_tensor(X))
+        return posterior
+
+    def _functions(self, latent: Posterior) -> Any:
+        if isinstance(latent, FunctionDraws):
+            return FunctionDraws(self.likelihood.function_values(latent.values), latent.log_weights)
+        return latent
+
+    def _observations(self, latent: Posterior, X: Tensor) -> Any:
+        """The posterior of observations at scaled inputs, in standardised units."""
+        parameters = self._likelihood_parameters()
+        if isinstance(latent, GaussianPosterior) and isinstance(self.likelihood, Gaussian):
+            return latent.with_noise((2 * parameters["log_noise_std"]).exp().expand_as(latent.mean))
+        draws = function_draws(latent, 256)
+        noisy = sample(self.likelihood(draws.values, parameters), torch.Size([]), torch.Generator().manual_seed(0))
+        return FunctionDraws(noisy.to(draws.values), draws.log_weights)
+
+    def predict(self, X: Any) -> Predictive:
+        """p(y | X, D): mean, variance and its parts, quantiles, intervals, log density, in the user's units.
+
+        Args:
+            X: (*batch, q, d).
+
+        Raises:
+            NotFittedError: before ``fit``.
+            TypeError, ValueError: for inputs that can't be used.
+        """
+        scaled = self._scaled(X)
+        with torch.no_grad():
+            predictive = self._predictive(scaled)
+        return predictive.affine(self._outcomes.loc, self._outcomes.scale) if self.likelihood.standardises else predictive
+
+    def _predictive(self, X: Tensor) -> Predictive:
+        return self.likelihood.predictive(self._latent(X), self._likelihood_parameters())
+
+    def draw_functions(self, num_draws: int, seed: int = 0) -> FunctionDraw:
+        """Functions drawn from the posterior, as one callable: X (*batch, q, d) -> (num_draws, *batch, q, m).
+
+        The same draw is the same function at all points and in all calls.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        self._require_fitted()
+        return function_draws_of(self.posterior, num_draws, seed)
+
+    # More data, fewer outputs ---------------------------------------------------------------------------------------
+
+    def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
+        """The model after more observations, without refitting; the model itself stays as it is.
+
+        Args:
+            X: (*batch, q, d).
+            Y: (*fantasies, *batch, q, m), in the user's units.
+        """
+        raise TypeError(f"{type(self).__name__} can't take in more observations without refitting")
+
+    def fantasize(
+        self, X: Tensor, sampler: MCSampler, observation_noise: Tensor | None = None, **kwargs: Any
+    ) -> Self:
+        """The model after imagined observations at X: (*sample_shape, *batch) copies in one, as BoTorch's look-ahead needs."""
+        noise: bool | Tensor = True if observation_noise is None else observation_noise
+        fantasies = sampler(self.posterior(X, observation_noise=noise))
+        return self.condition_on_observations(X, fantasies)
+
+    def subset_output(self, idcs: list[int]) -> Self:
+        """The same fitted model, with some of its outputs only."""
+        if any(not 0 <= index < self.num_outputs for index in idcs):
+            raise ValueError(f"idcs must lie in 0 … {self.num_outputs - 1}, found {idcs}")
+        subset = copy.copy(self)
+        subset._outputs = list(idcs) if self._outputs is None else [self._outputs[index] for index in idcs]
+        return subset
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted model to one safetensors file with a JSON description; it holds the training data too.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        data = self._require_fitted()
+        arguments, missing = {}, []
+        for name, value in self._saved_arguments().items():
+            try:
+                arguments[name] = describe(value)
+            except TypeError:
+                missing.append(name)
+        tensors = {"data.X": data.X, "data.Y": data.Y, "inputs.loc": self._inputs.loc, "inputs.scale": self._inputs.scale}
+        tensors |= {"outcomes.loc": self._outcomes.loc, "outcomes.scale": self._outcomes.scale}
+        tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
+        description = {"format": 1, "class": type(self).__name__, "arguments": arguments, "missing": missing}
+        write_tensors(path, tensors, description)
+
+    def _saved_arguments(self) -> dict[str, Any]:
+        return dict(self._arguments)  # type: ignore[attr-defined]
+
+    @classmethod
+    def load(cls, path: str | Path, **arguments: Any) -> Self:
+        """Read a fitted model that :meth:`save` wrote. Runs no code from the file.
+
+        Args:
+            path: the file.
+            arguments: constructor arguments that couldn't be saved (a network of your own), or that replace saved ones.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file isn't a model of this class, or an argument is missing.
+        """
+        tensors, description = read_tensors(path)
+        found = Configured._classes.get(str(description.get("class")))
+        if description.get("format") != 1 or found is None or not issubclass(found, cls):
+            raise ValueError(f"{str(path)!r} holds a {description.get('class')!r}, not a {cls.__name__} of this version")
+        missing = [name for name in description["missing"] if name not in arguments]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)} of {found.__name__} couldn't be saved (code of your own): "
+                f"load(path, {', '.join(f'{name}=…' for name in missing)})"
+            )
+        model = found(**({name: build(value) for name, value in description["arguments"].items()} | arguments))
+        model._data = Data(tensors["data.X"], tensors["data.Y"])
+        model._inputs = Scaling(tensors["inputs.loc"], tensors["inputs.scale"])
+        model._outcomes = Scaling(tensors["outcomes.loc"], tensors["outcomes.scale"])
+        model._set_state({n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")})
+        return model.eval()
+
+
+def _with_noise_var(posterior: Any, noise_var: Tensor) -> Any:
+    if isinstance(posterior, GaussianPosterior):
+        return posterior.with_noise(noise_var.expand_as(posterior.mean))
+    draws = function_draws(posterior, 256)
+    noise = torch.randn(draws.values.shape, generator=torch.Generator().manual_seed(0), dtype=draws.values.dtype)
+    return FunctionDraws(draws.values + noise_var.sqrt().unsqueeze(-3) * noise, draws.log_weights)

@@ -1,0 +1,129 @@
+r"""Deep ensembles (Lakshminarayanan et al. 2017): networks trained from different starting points, as one batched network.
+
+Each member minimises minus its log joint density on its own random share of the data (80 % by default, as in Li, Rudner
+and Wilson 2024) and keeps the parameters that were best on the rest, so that it neither overfits nor learns too small a
+noise. An ensemble is not a sample of the posterior: its spread reflects different optima, and tends to be too narrow
+far from data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesnn.configured import Configured
+from bayesnn.data import Data
+from bayesnn.inference.draws import WeightPosterior
+from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, warmup_cosine
+from bayesnn.inference.target import NetworkTarget, Parameters
+
+MIN_HELD_OUT = 2
+
+
+class DeepEnsembleState(NamedTuple):
+    """Members' parameters (M, …), Adam's moments, each member's held-out rows (M, N), and its best so far."""
+
+    parameters: Parameters
+    adam: AdamState
+    held_out: Tensor
+    best: Parameters
+    best_score: Tensor
+
+
+class DeepEnsembleInfo(NamedTuple):
+    """Of one step, each (M,): log-likelihood for each row seen in training, and for each held-out row."""
+
+    log_likelihood: Tensor
+    held_out_log_likelihood: Tensor
+
+
+@dataclass(frozen=True)
+class DeepEnsemble(Configured):
+    """Networks trained side by side.
+
+    Args:
+        num_members: networks; 10.
+        num_steps: Adam steps, with a short warm-up and a cosine decay of the learning rate.
+        learning_rate: Adam's at its peak; 0.01.
+        batch_size: rows for each step; None: all.
+        held_out: share of the rows that each member sets aside for itself; 0: none, and the last parameters are kept.
+            With fewer than two rows to set aside there is nothing to hold out, and the members train on everything.
+        check_every: steps between two looks at the held-out rows.
+
+    Raises:
+        ValueError: if a count or rate isn't positive, or held_out isn't in [0, 1).
+    """
+
+    num_members: int = 10
+    num_steps: int = 1000
+    learning_rate: float = 0.01
+    batch_size: int | None = None
+    held_out: float = 0.2
+    check_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("num_members", "num_steps", "learning_rate", "check_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 or None, found {self.batch_size}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must lie in [0, 1), found {self.held_out}")
+
+    def init(self, target: NetworkTarget, generator: torch.Generator) -> DeepEnsembleState:
+        """Members at different initial points, each with its own held-out rows."""
+        parameters = target.initial(self.num_members, generator)
+        num_rows = len(target.data)
+        num_held_out = int(self.held_out * num_rows)
+        ranks = torch.rand(self.num_members, num_rows, generator=generator).argsort(-1)
+        held_out = ranks < (num_held_out if num_held_out >= MIN_HELD_OUT else 0)
+        score = target.data.X.new_full((self.num_members,), -torch.inf)
+        return DeepEnsembleState(parameters, adam_init(parameters), held_out, parameters, score)
+
+    def step(
+        self, target: NetworkTarget, state: DeepEnsembleState, generator: torch.Generator
+    ) -> tuple[DeepEnsembleState, DeepEnsembleInfo]:
+        """One step of Adam for every member, and now and then a look at the held-out rows."""
+        data, size = target.data, self.batch_size or len(target.data)
+        rows = torch.randperm(len(data), generator=generator)[:size] if size < len(data) else torch.arange(len(data))
+        batch = Data(data.X[rows], data.Y[rows])
+        training = (~state.held_out[:, rows]).to(data.X)
+        leaves = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
+        log_likelihoods = target.pointwise_log_likelihood(leaves, batch)
+        mean = (training * log_likelihoods).sum(-1) / training.sum(-1).clamp_min(1)
+        # Each member has seen its own rows only: they are its data set, and N their number.
+        num_training = (~state.held_out).sum(-1)
+        log_joint = target.log_prior(leaves) / num_training + mean
+        gradients = torch.autograd.grad(-log_joint.sum() / target.temperature, list(leaves.values()))
+        rate = self.learning_rate * warmup_cosine(int(state.adam.step), self.num_steps, min(50, self.num_steps // 10))
+        parameters, adam = adam_step(state.parameters, dict(zip(leaves, gradients, strict=True)), state.adam, rate)
+        state = state._replace(parameters=parameters, adam=adam)
+        if int(adam.step) % self.check_every == 0 or int(adam.step) == self.num_steps:
+            state = self._keep_best(target, state)
+        return state, DeepEnsembleInfo(mean.detach(), state.best_score)
+
+    def _keep_best(self, target: NetworkTarget, state: DeepEnsembleState) -> DeepEnsembleState:
+        if not bool(state.held_out.any()):
+            return state._replace(best=state.parameters)
+        with torch.no_grad():
+            log_likelihoods = target.pointwise_log_likelihood(state.parameters)
+        score = torch.where(state.held_out, log_likelihoods, 0.0).sum(-1) / state.held_out.sum(-1)
+        better = score > state.best_score
+
+        def choose(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(better.reshape(-1, *(1 for _ in range(new.dim() - 1))), new, old)
+
+        best = {name: choose(value, state.best[name]) for name, value in state.parameters.items()}
+        return state._replace(best=best, best_score=torch.where(better, score, state.best_score))
+
+    def keep(self, state: DeepEnsembleState, index: int) -> None:
+        """Nothing: the members are read off the last state."""
+
+    def result(
+        self, target: NetworkTarget, state: DeepEnsembleState, draws: dict[str, Tensor], infos: dict[str, Tensor]
+    ) -> WeightPosterior:
+        """One draw for each member."""
+        return WeightPosterior(state.best, statistics={name: values[-1] for name, values in infos.items()})

@@ -1,0 +1,76 @@
+"""Warm-up of step sizes and mass matrices, shared by the Metropolis-corrected samplers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DualAveraging(NamedTuple):
+    """Step sizes, one for each chain, that bring the mean acceptance to a target; every field is (C,)."""
+
+    log_step_size: Tensor
+    log_average: Tensor
+    error: Tensor
+    centre: Tensor
+    count: Tensor
+
+    @classmethod
+    def start(cls, step_size: Tensor) -> DualAveraging:
+        """Begin (or begin anew) at these step sizes."""
+        zero = torch.zeros_like(step_size)
+        return cls(step_size.log(), zero, zero, (10 * step_size).log(), zero)
+
+    def update(self, acceptance: Tensor, target: float) -> DualAveraging:
+        """One step of Nesterov's dual averaging (Hoffman and Gelman 2014, eq. 6; gamma 0.05, t0 10, kappa 0.75)."""
+        count = self.count + 1
+        weight = 1 / (count + 10)
+        error = (1 - weight) * self.error + weight * (target - acceptance)
+        log_step_size = self.centre - count.sqrt() / 0.05 * error
+        decay = count**-0.75
+        log_average = decay * log_step_size + (1 - decay) * self.log_average
+        return DualAveraging(log_step_size, log_average, error, self.centre, count)
+
+
+class Welford(NamedTuple):
+    """Running mean and sum of squared deviations of each chain's positions, (C, P); ``count`` is a scalar."""
+
+    mean: Tensor
+    squares: Tensor
+    count: Tensor
+
+    @classmethod
+    def start(cls, position: Tensor) -> Welford:
+        """Nothing seen yet."""
+        return cls(torch.zeros_like(position), torch.zeros_like(position), torch.zeros((), dtype=position.dtype))
+
+    def update(self, position: Tensor) -> Welford:
+        """Take in one position of every chain."""
+        count = self.count + 1
+        delta = position - self.mean
+        mean = self.mean + delta / count
+        return Welford(mean, self.squares + delta * (position - mean), count)
+
+    def variance(self) -> Tensor:
+        """Variance within chains, pooled over them and shrunk towards 1e-3 as Stan does, (1, P)."""
+        pooled = self.squares.mean(0, keepdim=True) / (self.count - 1).clamp_min(1)
+        share = self.count / (self.count + 5)
+        return share * pooled + (1 - share) * 1e-3
+
+
+def window_ends(num_warmup: int) -> list[int]:
+    """The warm-up steps after which the mass matrix is renewed.
+
+    As in Stan: step sizes alone for the first 15 %, then windows that double, then step sizes alone for the last 10 %.
+    """
+    first, last = int(0.15 * num_warmup), num_warmup - int(0.1 * num_warmup)
+    ends, size, end = [], max(10, int(0.05 * num_warmup)), first
+    while end < last:
+        end += size
+        size *= 2
+        if end + size > last:
+            end = last
+        ends.append(end)
+    return [end for end in ends if end <= last]
