@@ -330,7 +330,7 @@ class Histogram(Likelihood):
 
     def __call__(self, f: Tensor, parameters: Parameters) -> Distribution:
         """Histogram(logits=f), batch shape (*batch, q, m)."""
-        return _Histogram(f.unflatten(-1, (-1, self.num_buckets)), self.borders(f))
+        return _Histogram(self.borders(f), f.unflatten(-1, (-1, self.num_buckets)), validate_args=False)
 
     def function_values(self, f: Tensor) -> Tensor:
         """E[y | f]."""
