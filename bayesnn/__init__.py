@@ -1,1 +1,31 @@
-"""Bayesian deep learning on PyTorch: one likelihood interface, one posterior interface."""
+"""Probabilistic and Bayesian deep learning on PyTorch: one likelihood interface, one posterior interface."""
+
+from importlib.metadata import version
+
+from bayesnn import likelihoods, networks, priors
+from bayesnn.bnn import BNN
+from bayesnn.data import BayesnnWarning
+from bayesnn.inference import amortized as _amortized  # fills the registry
+from bayesnn.model import Model, NotFittedError
+from bayesnn.predictive import Predictive
+from bayesnn.processes import NNGP, ConditionalNeuralProcess
+from bayesnn.registry import surrogate, surrogates
+
+__version__ = version("bayesnn")
+load = Model.load
+
+__all__ = [
+    "BNN",
+    "NNGP",
+    "BayesnnWarning",
+    "ConditionalNeuralProcess",
+    "Model",
+    "NotFittedError",
+    "Predictive",
+    "likelihoods",
+    "load",
+    "networks",
+    "priors",
+    "surrogate",
+    "surrogates",
+]

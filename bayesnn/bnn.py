@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, Self
@@ -107,7 +106,11 @@ class BNN(Model):
         return draws if self._reweighting is None else FunctionDraws(draws.values, self._reweighting)
 
     def _likelihood_parameters(self) -> dict[str, Tensor]:
-        own = {n.removeprefix("likelihood."): v for n, v in self._answering.parameters.items() if n.startswith("likelihood.")}
+        own = {
+            n.removeprefix("likelihood."): v
+            for n, v in self._answering.parameters.items()
+            if n.startswith("likelihood.")
+        }
         return self._fixed | own
 
     @property
@@ -124,7 +127,9 @@ class BNN(Model):
         scaled = self._scaled(X)
         standardised = self._outcomes.standardise(Y) if self.likelihood.standardises else Y
         draws = self._latent(scaled)
-        log_likelihood = self.likelihood.log_prob(draws.values, standardised.unsqueeze(-3), self._likelihood_parameters())
+        log_likelihood = self.likelihood.log_prob(
+            draws.values, standardised.unsqueeze(-3), self._likelihood_parameters()
+        )
         log_weights = log_likelihood.sum(-1) + (0.0 if draws.log_weights is None else draws.log_weights)
         log_weights = torch.log_softmax(log_weights, -1)
         effective = float((-torch.logsumexp(2 * log_weights, -1)).exp().min())
@@ -134,7 +139,7 @@ class BNN(Model):
                 BayesnnWarning,
                 stacklevel=2,
             )
-        conditioned = copy.copy(self)
+        conditioned = self._copy()
         conditioned._reweighting = log_weights
         return conditioned
 
@@ -162,7 +167,9 @@ class BNN(Model):
         target.network.load_state_dict(groups["buffers"], strict=False)
         self._take(
             target,
-            WeightPosterior(groups["draws"], int(tensors["num_chains"]), tensors.get("log_weights"), groups["statistics"]),
+            WeightPosterior(
+                groups["draws"], int(tensors["num_chains"]), tensors.get("log_weights"), groups["statistics"]
+            ),
         )
 
 

@@ -94,7 +94,9 @@ def check_labels(Y: Any, num_rows: int, num_classes: int | None, name: str = "Y"
     """
     labels = as_float(Y, name, dtype=torch.float64)
     if bool((labels != labels.round()).any()):
-        raise ValueError(f"{name} must hold class labels (whole numbers), found {float(labels[labels != labels.round()][0])}")
+        raise ValueError(
+            f"{name} must hold class labels (whole numbers), found {float(labels[labels != labels.round()][0])}"
+        )
     labels = _check_rows(labels.unsqueeze(-1) if labels.dim() == 1 else labels, num_rows, name).long()
     if labels.shape[-1] != 1:
         raise ValueError(f"{name} must hold one column of class labels, found {labels.shape[-1]}")
@@ -140,7 +142,9 @@ def standardisation(values: Tensor, name: str) -> Scaling:
     constant = scale <= floor
     if bool(constant.any()):
         columns = constant.squeeze(-2).nonzero().squeeze(-1).tolist()
-        warnings.warn(f"{name}: column(s) {columns} are constant over the {values.shape[-2]} rows", BayesnnWarning, stacklevel=4)
+        warnings.warn(
+            f"{name}: column(s) {columns} are constant over the {values.shape[-2]} rows", BayesnnWarning, stacklevel=4
+        )
     return Scaling(loc, torch.where(constant, torch.ones_like(scale), scale))
 
 
@@ -155,4 +159,3 @@ def minibatch(data: Data, batch_size: int | None, generator: torch.Generator) ->
         return data
     rows = torch.randperm(len(data), generator=generator)[:batch_size].to(data.X.device)
     return Data(data.X[rows], data.Y[rows])
-

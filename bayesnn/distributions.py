@@ -102,7 +102,9 @@ def _(distribution: StudentT, value: Tensor) -> Tensor:
 
 @cdf.register
 def _(distribution: Bernoulli, value: Tensor) -> Tensor:
-    return torch.where(value < 0, 0.0, torch.where(value < 1, 1 - distribution.probs, torch.ones_like(distribution.probs)))
+    return torch.where(
+        value < 0, 0.0, torch.where(value < 1, 1 - distribution.probs, torch.ones_like(distribution.probs))
+    )
 
 
 @cdf.register
@@ -118,3 +120,10 @@ def _(distribution: NegativeBinomial, value: Tensor) -> Tensor:
     floor = value.floor()
     below = _special("betainc", distribution.total_count, floor.clamp_min(0) + 1, 1 - distribution.probs)
     return torch.where(floor < 0, torch.zeros_like(below), below)
+
+
+def affine(distribution: Distribution, loc: Tensor, scale: Tensor) -> Distribution:
+    """The distribution of ``loc + scale * value`` for a Normal or a Histogram; scale is positive."""
+    if isinstance(distribution, Histogram):
+        return distribution.affine(loc, scale)
+    return Normal(loc + scale * distribution.mean, scale * distribution.stddev, validate_args=False)

@@ -17,15 +17,20 @@ import torch
 import torch.nn.functional as F
 from botorch.posteriors import Posterior
 from torch import Tensor
-from torch.distributions import Distribution, NegativeBinomial as _NegativeBinomial, Normal as _Normal
-from torch.distributions import Bernoulli as _Bernoulli, Categorical as _Categorical
-from torch.distributions import Poisson as _Poisson, StudentT as _StudentT
+from torch.distributions import (
+    Bernoulli as _Bernoulli,
+    Categorical as _Categorical,
+    Distribution,
+    NegativeBinomial as _NegativeBinomial,
+    Normal as _Normal,
+    Poisson as _Poisson,
+    StudentT as _StudentT,
+)
 
 from bayesnn.configured import Configured
 from bayesnn.data import check_counts, check_labels, check_targets
 from bayesnn.histogram import Histogram as _Histogram
-from bayesnn.posteriors import Gaussian as GaussianPosterior
-from bayesnn.posteriors import function_draws
+from bayesnn.posteriors import Gaussian as GaussianPosterior, function_draws
 from bayesnn.predictive import ClassPredictive, Predictive
 
 Parameters = Mapping[str, Tensor]
@@ -192,7 +197,9 @@ class StudentT(Likelihood):
 
     def __call__(self, f: Tensor, parameters: Parameters) -> Distribution:
         """StudentT(df, f, scale)."""
-        return _StudentT(torch.full_like(f, self.df), f, parameters["log_scale"].exp().expand_as(f), validate_args=False)
+        return _StudentT(
+            torch.full_like(f, self.df), f, parameters["log_scale"].exp().expand_as(f), validate_args=False
+        )
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from bayesnn.distributions import sample
 from bayesnn.files import read_tensors, write_tensors
 from bayesnn.functions import FunctionDraw, function_draws_of
 from bayesnn.likelihoods import Gaussian, Likelihood
-from bayesnn.posteriors import FunctionDraws, function_draws
-from bayesnn.posteriors import Gaussian as GaussianPosterior
+from bayesnn.posteriors import FunctionDraws, Gaussian as GaussianPosterior, function_draws
 from bayesnn.predictive import Predictive
 
 
@@ -212,7 +211,9 @@ class Model(Configured, BotorchModel):
         scaled = self._scaled(X)
         with torch.no_grad():
             predictive = self._predictive(scaled)
-        return predictive.affine(self._outcomes.loc, self._outcomes.scale) if self.likelihood.standardises else predictive
+        return (
+            predictive.affine(self._outcomes.loc, self._outcomes.scale) if self.likelihood.standardises else predictive
+        )
 
     def _predictive(self, X: Tensor) -> Predictive:
         return self.likelihood.predictive(self._latent(X), self._likelihood_parameters())
@@ -239,9 +240,7 @@ class Model(Configured, BotorchModel):
         """
         raise TypeError(f"{type(self).__name__} can't take in more observations without refitting")
 
-    def fantasize(
-        self, X: Tensor, sampler: MCSampler, observation_noise: Tensor | None = None, **kwargs: Any
-    ) -> Self:
+    def fantasize(self, X: Tensor, sampler: MCSampler, observation_noise: Tensor | None = None, **kwargs: Any) -> Self:
         """The model after imagined observations at X: (*sample_shape, *batch) copies in one, as BoTorch's look-ahead needs."""
         noise: bool | Tensor = True if observation_noise is None else observation_noise
         fantasies = sampler(self.posterior(X, observation_noise=noise))
@@ -251,9 +250,16 @@ class Model(Configured, BotorchModel):
         """The same fitted model, with some of its outputs only."""
         if any(not 0 <= index < self.num_outputs for index in idcs):
             raise ValueError(f"idcs must lie in 0 … {self.num_outputs - 1}, found {idcs}")
-        subset = copy.copy(self)
+        subset = self._copy()
         subset._outputs = list(idcs) if self._outputs is None else [self._outputs[index] for index in idcs]
         return subset
+
+    def _copy(self) -> Self:
+        """A shallow copy that can be given other modules and attributes without touching this one."""
+        twin = copy.copy(self)
+        for registry in ("_modules", "_parameters", "_buffers"):
+            object.__setattr__(twin, registry, dict(getattr(self, registry)))
+        return twin
 
     # Files -----------------------------------------------------------------------------------------------------------
 
@@ -270,7 +276,12 @@ class Model(Configured, BotorchModel):
                 arguments[name] = describe(value)
             except TypeError:
                 missing.append(name)
-        tensors = {"data.X": data.X, "data.Y": data.Y, "inputs.loc": self._inputs.loc, "inputs.scale": self._inputs.scale}
+        tensors = {
+            "data.X": data.X,
+            "data.Y": data.Y,
+            "inputs.loc": self._inputs.loc,
+            "inputs.scale": self._inputs.scale,
+        }
         tensors |= {"outcomes.loc": self._outcomes.loc, "outcomes.scale": self._outcomes.scale}
         tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
         description = {"format": 1, "class": type(self).__name__, "arguments": arguments, "missing": missing}
@@ -294,7 +305,9 @@ class Model(Configured, BotorchModel):
         tensors, description = read_tensors(path)
         found = Configured._classes.get(str(description.get("class")))
         if description.get("format") != 1 or found is None or not issubclass(found, cls):
-            raise ValueError(f"{str(path)!r} holds a {description.get('class')!r}, not a {cls.__name__} of this version")
+            raise ValueError(
+                f"{str(path)!r} holds a {description.get('class')!r}, not a {cls.__name__} of this version"
+            )
         missing = [name for name in description["missing"] if name not in arguments]
         if missing:
             raise ValueError(

@@ -26,6 +26,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
+from bayesnn.distributions import affine
 from bayesnn.histogram import Histogram
 
 
@@ -142,7 +143,9 @@ class FunctionSampler(MCSampler):
 
 
 @GetSampler.register(FunctionDraws)
-def _function_sampler(posterior: FunctionDraws, sample_shape: torch.Size, *, seed: int | None = None) -> FunctionSampler:
+def _function_sampler(
+    posterior: FunctionDraws, sample_shape: torch.Size, *, seed: int | None = None
+) -> FunctionSampler:
     # With as many samples as equally weighted draws, each is used exactly once: the expectation is exact.
     count = sample_shape.numel()
     if posterior.log_weights is None:
@@ -195,7 +198,9 @@ def output_covariance(distribution: MultivariateNormal) -> Any:
     if not isinstance(distribution, MultitaskMultivariateNormal):
         return covariance.unsqueeze(-3)
     q, m = distribution.event_shape
-    dense = covariance.to_dense().reshape(*covariance.batch_shape, *((q, m, q, m) if distribution._interleaved else (m, q, m, q)))
+    dense = covariance.to_dense().reshape(
+        *covariance.batch_shape, *((q, m, q, m) if distribution._interleaved else (m, q, m, q))
+    )
     equation = "...qmrm->...mqr" if distribution._interleaved else "...mqmr->...mqr"
     return to_linear_operator(torch.einsum(equation, dense))
 
@@ -311,11 +316,11 @@ class Copula(_SharedNormalPosterior):
     r"""Marginals of any shape tied together by a Gaussian copula: :math:`f_j = F_j^{-1}(\Phi((L\epsilon)_j))`.
 
     The draws are differentiable in the marginals' parameters and in L. Rows of L must have unit norm. Since L is lower
-    triangular, points that follow never change the draws at the points before them.
+    triangular, points that follow never change the draws at the points before them. Outputs are independent.
 
     Args:
-        marginals: a distribution of batch shape (*batch, q, 1) with mean, variance and icdf (Histogram, Normal).
-        root: L, (*batch, q, q).
+        marginals: a Histogram or Normal of batch shape (*batch, q, m).
+        root: L for each output, (*batch, m, q, q).
     """
 
     def __init__(self, marginals: Distribution, root: Tensor) -> None:
@@ -331,30 +336,56 @@ class Copula(_SharedNormalPosterior):
         return self.marginals.variance
 
     def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
-        """Functions from normals of shape (*sample_shape, *batch, q, 1)."""
-        normals = self.root @ base_samples.to(self.root)
+        """Functions from normals of shape (*sample_shape, *batch, q, m)."""
+        normals = (self.root @ base_samples.to(self.root).mT.unsqueeze(-1)).squeeze(-1).mT
         if isinstance(self.marginals, Normal):
             return self.marginals.loc + self.marginals.scale * normals
         eps = torch.finfo(normals.dtype).eps
         return self.marginals.icdf(torch.special.ndtr(normals).clamp(eps, 1 - eps))
 
     def affine(self, loc: Tensor, scale: Tensor) -> Copula:
-        """The posterior of ``loc + scale * f``; loc and scale are (1, 1)."""
-        if isinstance(self.marginals, Histogram):
-            marginals: Distribution = self.marginals.affine(loc, scale)
-        else:
-            marginals = Normal(loc + scale * self.marginals.mean, scale * self.marginals.stddev)
-        return Copula(marginals, self.root)
+        """The posterior of ``loc + scale * f``; loc and scale are (1, m)."""
+        return Copula(affine(self.marginals, loc, scale), self.root)
 
     def outputs(self, indices: list[int]) -> Copula:
-        """The posterior of its only output."""
-        if indices != [0]:
-            raise ValueError(f"the model has one output, index 0; asked for {indices}")
-        return self
+        """The posterior of some of the outputs."""
+        if isinstance(self.marginals, Normal):
+            marginals: Distribution = Normal(self.marginals.loc[..., indices], self.marginals.scale[..., indices])
+        else:
+            own = self.marginals
+            borders = own.borders if own.borders.dim() == 1 else own.borders[..., indices, :]
+            tails = own.tail_scale if own.tail_scale.dim() == 1 else own.tail_scale[..., indices, :]
+            marginals = Histogram(borders, own.logits[..., indices, :], tails, validate_args=False)
+        return Copula(marginals, self.root[..., indices, :, :])
 
     def transformed(self, transform: Any, X: Tensor) -> FunctionDraws:
         """The posterior of a BoTorch ``PosteriorTransform``'s value, through draws."""
         return transformed_draws(self, transform, X)
+
+
+def correlation_root(correlation: Tensor) -> Tensor:
+    """A lower-triangular L with unit rows and L L^T close to a correlation matrix that needn't be positive definite.
+
+    Cholesky's algorithm, where a pivot that rounding or an inconsistent matrix has made non-positive counts as zero.
+    Row j depends on the first j rows and columns only: points that follow never change the points before them. Only the
+    lower triangle is read.
+
+    Args:
+        correlation: (*batch, q, q), ones on the diagonal.
+    """
+    rest, columns = correlation.tril(), []
+    tolerance = 1e-6
+    for k in range(correlation.shape[-1]):
+        pivot = rest[..., k, k]
+        alive = (pivot > tolerance)[..., None]
+        safe = torch.where(alive, pivot[..., None], torch.ones_like(pivot[..., None]))
+        column = torch.where(alive, rest[..., :, k] / safe.sqrt(), torch.zeros_like(rest[..., :, k]))
+        column = torch.where(torch.arange(column.shape[-1]) >= k, column, torch.zeros_like(column))
+        columns.append(column)
+        rest = rest - column[..., :, None] * column[..., None, :]
+    root = torch.stack(columns, -1)
+    norm = root.square().sum(-1, keepdim=True)
+    return root / torch.where(norm > tolerance, norm, torch.ones_like(norm)).sqrt()
 
 
 def function_draws(posterior: Posterior, num_draws: int, seed: int = 0) -> FunctionDraws:
@@ -383,10 +414,12 @@ def gaussian_view(posterior: Posterior) -> Gaussian:
         weights = posterior.weights.squeeze(-1).unsqueeze(-3)
         covariance = centred.mT @ (weights * centred)
     elif isinstance(posterior, StudentT):
-        covariance = posterior.scale * (posterior.variance / posterior.scale.diagonal(dim1=-2, dim2=-1).mT).mT.unsqueeze(-1)
+        covariance = posterior.scale * (
+            posterior.variance / posterior.scale.diagonal(dim1=-2, dim2=-1).mT
+        ).mT.unsqueeze(-1)
     elif isinstance(posterior, Copula):
-        root = posterior.variance.sqrt() * posterior.root
-        covariance = (root @ root.mT).unsqueeze(-3)
+        root = posterior.variance.sqrt().mT.unsqueeze(-1) * posterior.root
+        covariance = root @ root.mT
     else:
         raise TypeError(f"no Gaussian view of {type(posterior).__name__}")
     return Gaussian.from_moments(posterior.mean, covariance)

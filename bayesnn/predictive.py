@@ -68,6 +68,11 @@ class Predictive:
         return self._loc + self._scale * self._average(self.components.mean)
 
     @property
+    def component_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of y under each function, (*batch, S, q, m) both."""
+        return self._loc + self._scale * self.components.mean, self._scale * self.components.stddev
+
+    @property
     def aleatoric(self) -> Tensor:
         """The variance that would remain if the function were known, (*batch, q, m)."""
         return self._scale.square() * self._average(self.components.variance - self._function_var)

@@ -59,10 +59,8 @@ class Prior(Configured):
         standardised = (values - location(name, shape)).flatten(1) / scale
         return self._log_density(standardised).sum(-1) - math.prod(shape) * math.log(scale)
 
-
     def _log_density(self, standardised: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no density")
-
 
 
 def location(name: str, shape: torch.Size) -> float:
@@ -82,14 +80,12 @@ class Normal(Prior):
         return -0.5 * standardised.square() - 0.5 * math.log(2 * math.pi)
 
 
-
 @dataclass(frozen=True)
 class Laplace(Prior):
     """w ~ Laplace(0, scale / sqrt(fan-in)): a sharp peak, exponential tails."""
 
     def _log_density(self, standardised: Tensor) -> Tensor:
         return -standardised.abs() - math.log(2)
-
 
 
 @dataclass(frozen=True)
@@ -109,14 +105,12 @@ class StudentT(Prior):
         return constant - (half + 0.5) * torch.log1p(standardised.square() / self.df)
 
 
-
 @dataclass(frozen=True)
 class Cauchy(Prior):
     """w ~ Cauchy(0, scale / sqrt(fan-in)): Student-t with one degree of freedom."""
 
     def _log_density(self, standardised: Tensor) -> Tensor:
         return -torch.log1p(standardised.square()) - math.log(math.pi)
-
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,6 @@ class Horseshoe(Prior):
 
     def _log_density(self, standardised: Tensor) -> Tensor:
         return _LogScaledExponentialIntegral.apply(0.5 * standardised.square()) - 0.5 * math.log(2 * math.pi**3)
-
 
 
 class _LogScaledExponentialIntegral(torch.autograd.Function):
@@ -182,4 +175,3 @@ class PerLayer(Configured):
     def log_prob(self, name: str, values: Tensor) -> Tensor:
         """log p of one parameter tensor stacked over chains: (C, *shape) -> (C,)."""
         return self.of(name).log_prob(name, values)
-

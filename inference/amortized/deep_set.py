@@ -64,7 +64,9 @@ class DeepSetNetwork(Configured, nn.Module):
             for linear in (child for child in self.modules() if isinstance(child, nn.Linear)):
                 linear.weight.normal_(std=(2 / linear.in_features) ** 0.5, generator=generator)
                 linear.bias.zero_()
-            self.decoder[-1].weight.mul_(0.1)
+            last = self.decoder[-1]
+            assert isinstance(last, nn.Linear)
+            last.weight.mul_(0.1)  # start near the same prediction everywhere
 
     def forward(
         self, context_X: Tensor, context_y: Tensor, X: Tensor, num_features: Tensor | None = None

@@ -1,0 +1,133 @@
+"""Gaussian process regression with the kernel of an infinitely wide network."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import gpytorch
+import torch
+from botorch.exceptions.errors import ModelFittingError
+from botorch.fit import fit_gpytorch_mll
+from botorch.models import SingleTaskGP
+from botorch.utils.sampling import manual_seed
+from gpytorch.kernels import ScaleKernel
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.priors import LogNormalPrior
+from torch import Tensor
+
+from bayesnn.data import BayesnnWarning, Data
+from bayesnn.likelihoods import Gaussian
+from bayesnn.model import Model
+from bayesnn.posteriors import Gaussian as GaussianPosterior
+from bayesnn.processes.kernels import NNGPKernel
+from bayesnn.registry import register
+
+
+class NNGP(Model):
+    r"""Exact Gaussian process regression with the covariance of an infinitely wide multilayer perceptron.
+
+    :math:`f \sim GP(c, s K)` with the NNGP kernel K (Neal 1996; Lee et al. 2018) of ``processes.kernels.NNGPKernel``, a
+    constant mean c and an output scale s, the last layer's own variance; :math:`y = f + \epsilon`. All hyperparameters
+    (variances, a lengthscale for each input, c, s, noise) maximise the marginal likelihood times weak log-normal priors
+    (our choice). Outputs are independent, each with its own hyperparameters. Time is O(n^3), memory O(n^2).
+
+    Not to be confused with nearest-neighbour GPs, which share the name.
+
+    Args:
+        depth: hidden layers, at least 1.
+        activation: "relu" or "erf".
+        likelihood: Gaussian with learned (default) or fixed noise.
+        optimise: False keeps the hyperparameters at their defaults.
+
+    Raises:
+        ValueError: for an unknown activation or a depth below 1.
+        TypeError: if the likelihood isn't Gaussian.
+    """
+
+    def __init__(
+        self, depth: int = 3, activation: str = "relu", likelihood: Gaussian | None = None, optimise: bool = True
+    ) -> None:
+        super().__init__(likelihood)
+        if not isinstance(self.likelihood, Gaussian):
+            raise TypeError(f"likelihood must be likelihoods.Gaussian for exact inference, found {self.likelihood!r}")
+        NNGPKernel(depth=depth, activation=activation)  # raises the errors above
+        self.depth, self.activation, self.optimise = depth, activation, optimise
+        self._gp: SingleTaskGP
+
+    def _build(self, data: Data, fixed: dict[str, Tensor]) -> SingleTaskGP:
+        num_outputs = data.Y.shape[-1]
+        batch = torch.Size([num_outputs]) if num_outputs > 1 else torch.Size([])
+        kernel = NNGPKernel(
+            depth=self.depth,
+            activation=self.activation,
+            ard_num_dims=data.X.shape[-1],
+            batch_shape=batch,
+            lengthscale_prior=LogNormalPrior(0.0, 1.0),
+            weight_var_prior=LogNormalPrior(0.5, 0.5),
+            bias_var_prior=LogNormalPrior(-2.0, 1.0),
+        )
+        scaled = ScaleKernel(kernel, batch_shape=batch, outputscale_prior=LogNormalPrior(-0.5, 1.0))
+        noise_var = (2 * fixed["log_noise_std"]).exp().expand_as(data.Y) if fixed else None
+        return SingleTaskGP(data.X, data.Y, noise_var, covar_module=scaled, outcome_transform=None).to(data.X)
+
+    def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
+        self._fixed = self.likelihood.fixed_parameters(outcome_scale)
+        gp = self._build(data, self._fixed)
+        if self.optimise:
+            # BoTorch's retries draw from the global generator; the context puts its state back.
+            with manual_seed(options["seed"]), _exact():
+                try:
+                    fit_gpytorch_mll(ExactMarginalLogLikelihood(gp.likelihood, gp))
+                except ModelFittingError as error:
+                    gp = self._build(data, self._fixed)
+                    message = f"NNGP: the marginal likelihood couldn't be maximised, defaults are used: {error}"
+                    warnings.warn(message, BayesnnWarning, stacklevel=3)
+        self._gp = gp.eval().requires_grad_(False)
+
+    def _latent(self, X: Tensor) -> GaussianPosterior:
+        with _exact():
+            return GaussianPosterior(self._gp.posterior(X).distribution)
+
+    def _likelihood_parameters(self) -> dict[str, Tensor]:
+        if self._fixed:
+            return self._fixed
+        return {"log_noise_std": 0.5 * self._gp.likelihood.noise.log().reshape(1, -1)}
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Empty, or one entry for each set of fantasies."""
+        return self._gp.batch_shape if self._data is not None else torch.Size([])
+
+    def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
+        """Exact conditioning on more observations, with the hyperparameters kept."""
+        scaled = self._scaled(X)
+        conditioned = self._copy()
+        standardised = self._outcomes.standardise(Y.to(scaled))
+        noise = (2 * self._fixed["log_noise_std"]).exp().expand_as(standardised) if self._fixed else None
+        with _exact():
+            self._gp.posterior(scaled[..., :1, :])  # GPyTorch conditions from its prediction caches
+            conditioned._gp = self._gp.condition_on_observations(scaled, standardised, noise=noise)
+        return conditioned
+
+    def _state(self) -> dict[str, Tensor]:
+        return dict(self._gp.state_dict())
+
+    def _set_state(self, tensors: dict[str, Tensor]) -> None:
+        assert self._data is not None
+        self._fixed = self.likelihood.fixed_parameters(self._outcomes.scale)
+        gp = self._build(self._data, self._fixed)
+        gp.load_state_dict(tensors)
+        self._gp = gp.eval().requires_grad_(False)
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Cholesky factors whatever the size: GPyTorch would switch to conjugate gradients at 800 rows."""
+    with gpytorch.settings.fast_computations(False, False, False), gpytorch.settings.max_cholesky_size(100_000):
+        yield
+
+
+register("nngp", NNGP)
