@@ -16,9 +16,7 @@ def ravel(parameters: Parameters) -> Tensor:
 def unravel(flat: Tensor, shapes: dict[str, torch.Size]) -> Parameters:
     """Inverse of :func:`ravel`: (C, P) to parameters of shape (C, *shape), as views."""
     pieces = flat.split([shape.numel() for shape in shapes.values()], 1)
-    return {
-        name: piece.reshape(-1, *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-    }
+    return {name: piece.reshape(-1, *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
 def log_density_and_gradient(target: Target, position: Tensor) -> tuple[Tensor, Tensor]:

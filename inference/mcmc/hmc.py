@@ -126,7 +126,9 @@ class HMC(Configured):
         error = (end_energy - energy).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
         acceptance = (-error).clamp_max(0).exp()
         accept = uniform < acceptance
-        info = HMCInfo(acceptance, (error > MAX_ENERGY_ERROR).double(), torch.where(accept, end_energy, energy), step_size)
+        info = HMCInfo(
+            acceptance, (error > MAX_ENERGY_ERROR).double(), torch.where(accept, end_energy, energy), step_size
+        )
 
         def choose(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(accept.reshape(-1, *(1 for _ in range(new.dim() - 1))), new, old)

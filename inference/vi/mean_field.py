@@ -213,4 +213,3 @@ def _noisy_outputs(
     finally:
         for handle in handles:
             handle.remove()
-
