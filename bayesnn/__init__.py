@@ -5,7 +5,7 @@ from importlib.metadata import version
 from bayesnn import likelihoods, networks, priors
 from bayesnn.bnn import BNN
 from bayesnn.data import BayesnnWarning
-from bayesnn.inference import amortized as _amortized  # fills the registry
+from bayesnn.inference.amortized import PFN
 from bayesnn.model import Model, NotFittedError
 from bayesnn.predictive import Predictive
 from bayesnn.processes import NNGP, ConditionalNeuralProcess
@@ -21,6 +21,7 @@ __all__ = [
     "ConditionalNeuralProcess",
     "Model",
     "NotFittedError",
+    "PFN",
     "Predictive",
     "likelihoods",
     "load",

@@ -1,0 +1,63 @@
+"""Joint Gaussians: BoTorch's own posterior with the few operations that models need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from botorch.posteriors import GPyTorchPosterior, Posterior
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from linear_operator.operators import BlockDiagLinearOperator, DiagLinearOperator, to_linear_operator
+from torch import Tensor
+
+
+class Gaussian(GPyTorchPosterior):
+    """A joint Gaussian over the q points, and over m independent outputs: BoTorch's GPyTorchPosterior."""
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Any) -> Gaussian:
+        """From means (*batch, q, m) and a covariance for each output (*batch, m, q, q), tensor or lazy."""
+        covariance = to_linear_operator(covariance)
+        if mean.shape[-1] == 1:
+            return cls(MultivariateNormal(mean.squeeze(-1), covariance[..., 0, :, :]))
+        blocks = BlockDiagLinearOperator(covariance, block_dim=-3)
+        return cls(MultitaskMultivariateNormal(mean, blocks, interleaved=False))
+
+    @property
+    def output_covariance(self) -> Any:
+        """The covariance over points of each output, (*batch, m, q, q), lazy."""
+        return output_covariance(self.distribution)
+
+    def affine(self, loc: Tensor, scale: Tensor) -> Gaussian:
+        """The posterior of ``loc + scale * f``; loc and scale are (1, m)."""
+        squared = scale.square().squeeze(-2)[..., None, None]
+        mean = loc + scale * self.mean
+        if mean.shape[-1] == 1:
+            return Gaussian(MultivariateNormal(mean.squeeze(-1), self.distribution.lazy_covariance_matrix * squared[0]))
+        return Gaussian.from_moments(mean, self.output_covariance * squared)
+
+    def outputs(self, indices: list[int]) -> Gaussian:
+        """The posterior of some of the outputs."""
+        return Gaussian.from_moments(self.mean[..., indices], self.output_covariance.to_dense()[..., indices, :, :])
+
+    def with_noise(self, noise_var: Tensor) -> Gaussian:
+        """The posterior of the observations: noise variances (*batch, q, m) on the diagonal."""
+        noise = DiagLinearOperator(noise_var.transpose(-1, -2).expand(*self.mean.shape[:-2], *noise_var.mT.shape[-2:]))
+        return Gaussian.from_moments(self.mean, self.output_covariance + noise)
+
+    def transformed(self, transform: Any, X: Tensor) -> Posterior:
+        """The posterior of a BoTorch ``PosteriorTransform``'s value."""
+        return transform(self, X=X)
+
+
+def output_covariance(distribution: MultivariateNormal) -> Any:
+    """Covariance over points of each output of a (multi-task) Gaussian with independent outputs, (*batch, m, q, q)."""
+    covariance = distribution.lazy_covariance_matrix
+    if not isinstance(distribution, MultitaskMultivariateNormal):
+        return covariance.unsqueeze(-3)
+    q, m = distribution.event_shape
+    dense = covariance.to_dense().reshape(
+        *covariance.batch_shape, *((q, m, q, m) if distribution._interleaved else (m, q, m, q))
+    )
+    equation = "...qmrm->...mqr" if distribution._interleaved else "...mqmr->...mqr"
+    return to_linear_operator(torch.einsum(equation, dense))
