@@ -71,12 +71,15 @@ def children(tree: Any) -> list[tuple[str, Any]]:
     raise TypeError(f"a state is made of tensors, dicts and named tuples, not {type(tree).__name__}")
 
 
-def fingerprint(*tensors: Tensor) -> str:
-    """A short hash of the tensors' contents: tells whether a checkpoint belongs to these data."""
+def fingerprint(*parts: Tensor | str) -> str:
+    """A short hash of the contents of tensors and texts: tells whether a checkpoint belongs to these data."""
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(str((tuple(part.shape), part.dtype)).encode())
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

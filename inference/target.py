@@ -88,7 +88,10 @@ class NetworkTarget:
         self.network = copy.deepcopy(network).to(data.X).requires_grad_(False)
         self.likelihood, self.prior, self.data, self.temperature = likelihood, prior, data, temperature
         self.fixed = likelihood.fixed_parameters(outcome_scale.to(data.X))
-        self.fingerprint = fingerprint(data.X, data.Y)
+        # The density and all it depends on; the network's initial weights aren't among that.
+        self.fingerprint = fingerprint(
+            repr((self.network, likelihood, prior, temperature)), data.X, data.Y, outcome_scale, *self.network.buffers()
+        )
         self._check_output()
         self._shapes = {NETWORK + name: parameter.shape for name, parameter in self.network.named_parameters()}
         self._shapes |= {name: torch.Size([1, data.Y.shape[-1]]) for name in self.parameter_priors}
@@ -102,6 +105,14 @@ class NetworkTarget:
                 f"network must map (n, {self.data.X.shape[-1]}) to (n, {wanted}) for {type(self.likelihood).__name__} with "
                 f"{self.data.Y.shape[-1]} output(s), found {tuple(found.shape)} for one row"
             )
+        stacked = {name: parameter.unsqueeze(0) for name, parameter in self.network.named_parameters()}
+        try:
+            apply_network(self.network, stacked, self.data.X[:1])
+        except RuntimeError as error:
+            raise ValueError(
+                "network can't be evaluated for many sets of weights at once: its forward must be made of torch operations "
+                f"without random numbers and without branches on values ({error})"
+            ) from error
 
     @property
     def parameter_priors(self) -> dict[str, ParameterPrior]:
@@ -167,7 +178,12 @@ def network_parameters(parameters: Parameters) -> Parameters:
 
 
 def apply_network(network: nn.Module, parameters: Parameters, X: Tensor) -> Tensor:
-    """Every member's function values at the same points: parameters (S, …), X (q, d) -> (S, q, p)."""
+    """Every member's function values at the same points: parameters (S, …), X (q, d) -> (S, q, p).
+
+    By vmap for any module; a module that has ``forward_members`` does it itself.
+    """
+    if hasattr(network, "forward_members"):
+        return network.forward_members(parameters, X)
 
     def member(own: Parameters) -> Tensor:
         return functional_call(network, own, (X,))
