@@ -54,10 +54,13 @@ class Prior(Configured):
 
     def log_prob(self, name: str, values: Tensor) -> Tensor:
         """log p of one parameter tensor stacked over chains: (C, *shape) -> (C,)."""
-        shape = values.shape[1:]
-        scale = self.scale_of(name, shape)
-        standardised = (values - location(name, shape)).flatten(1) / scale
-        return self._log_density(standardised).sum(-1) - math.prod(shape) * math.log(scale)
+        centred, scale = self._centred(name, values)
+        return self._log_density(centred / scale).sum(-1) - centred.shape[-1] * math.log(scale)
+
+    def _centred(self, name: str, values: Tensor) -> tuple[Tensor, float]:
+        loc = location(name, values.shape[1:])
+        flat = values.reshape(values.shape[0], -1)
+        return (flat - loc if loc else flat), self.scale_of(name, values.shape[1:])
 
     def _log_density(self, standardised: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no density")
@@ -76,8 +79,11 @@ class Normal(Prior):
         """The standard deviation."""
         return self.scale_of(name, shape)
 
-    def _log_density(self, standardised: Tensor) -> Tensor:
-        return -0.5 * standardised.square() - 0.5 * math.log(2 * math.pi)
+    def log_prob(self, name: str, values: Tensor) -> Tensor:
+        """log p of one parameter tensor stacked over chains: (C, *shape) -> (C,). With few operations, for samplers."""
+        centred, scale = self._centred(name, values)
+        constant = centred.shape[-1] * (math.log(scale) + 0.5 * math.log(2 * math.pi))
+        return -0.5 / scale**2 * centred.square().sum(-1) - constant
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class HMC(Configured):
         adapting = index < self.num_warmup
         log_step_size = state.step_size.log_step_size if adapting else state.step_size.log_average
         step_size = log_step_size.exp() if self.num_warmup else torch.full_like(log_step_size, self.initial_step_size)
-        num_leapfrog = int(torch.randint(1, 2 * self.num_leapfrog, (), generator=generator))
+        num_leapfrog = self.num_leapfrog_steps(generator)
         momentum = torch.randn(state.position.shape, generator=generator, dtype=state.position.dtype)
         momentum = momentum * state.inverse_mass.rsqrt()
         uniform = torch.rand(self.num_chains, generator=generator, dtype=torch.float64)
@@ -140,6 +140,10 @@ class HMC(Configured):
             index=state.index + 1,
         )
         return (self._adapt(state, acceptance, index) if adapting else state), info
+
+    def num_leapfrog_steps(self, generator: torch.Generator) -> int:
+        """L of one step: uniform on 1 … 2 ``num_leapfrog`` - 1."""
+        return int(torch.randint(1, 2 * self.num_leapfrog, (), generator=generator))
 
     def _leapfrog(
         self, target: Target, state: HMCState, momentum: Tensor, step_size: Tensor, num_steps: int
