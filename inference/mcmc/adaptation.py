@@ -21,7 +21,7 @@ class DualAveraging(NamedTuple):
     def start(cls, step_size: Tensor) -> DualAveraging:
         """Begin (or begin anew) at these step sizes."""
         zero = torch.zeros_like(step_size)
-        return cls(step_size.log(), zero, zero, (10 * step_size).log(), zero)
+        return cls(step_size.log(), step_size.log(), zero, (10 * step_size).log(), zero)
 
     def update(self, acceptance: Tensor, target: float) -> DualAveraging:
         """One step of Nesterov's dual averaging (Hoffman and Gelman 2014, eq. 6; gamma 0.05, t0 10, kappa 0.75)."""
@@ -64,7 +64,10 @@ def window_ends(num_warmup: int) -> list[int]:
     """The warm-up steps after which the mass matrix is renewed.
 
     As in Stan: step sizes alone for the first 15 %, then windows that double, then step sizes alone for the last 10 %.
+    Fewer than 20 steps are too few to learn a mass from.
     """
+    if num_warmup < 20:
+        return []
     first, last = int(0.15 * num_warmup), num_warmup - int(0.1 * num_warmup)
     ends, size, end = [], max(10, int(0.05 * num_warmup)), first
     while end < last:
