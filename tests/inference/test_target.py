@@ -40,7 +40,7 @@ def test_densities_equal_member_by_member_sums(m):
         expected = torch.distributions.Normal(network(own.data.X), std).log_prob(own.data.Y).sum()
         torch.testing.assert_close(own.log_likelihood(parameters)[c], expected)
         log_prior = torch.distributions.Normal(math.log(0.3), 1.5).log_prob(std.log()).sum()
-        for name, value in network.named_parameters():
+        for value in network.parameters():
             scale = math.sqrt(2 / value.shape[1]) if value.dim() == 2 else 1.0
             log_prior = log_prior + torch.distributions.Normal(0, scale).log_prob(value).sum()
         torch.testing.assert_close(own.log_prior(parameters)[c], log_prior)
