@@ -4,6 +4,8 @@ r"""Mean-field Gaussian variational inference (Blundell et al. 2015) with local 
 
 .. math:: \frac{N}{|B|} \sum_{i \in B} E_q \log p(y_i \mid x_i, \theta) - \mathrm{KL}(q \,\|\, p)
 
+At a temperature T other than 1, log likelihood and log prior count 1 / T times, and q's entropy once.
+
 A linear layer's output under q is Gaussian with mean :math:`X \mu_W^\top + \mu_b` and variance
 :math:`X^2 (\sigma_W^2)^\top + \sigma_b^2`; drawing it, a fresh one for each row, instead of the weights makes the gradient
 less noisy. The KL to a Gaussian prior is exact. Layers that aren't plain linear maps of (rows, features), or that are
@@ -86,14 +88,15 @@ class MeanField(Configured):
     def step(
         self, target: NetworkTarget, state: MeanFieldState, generator: torch.Generator
     ) -> tuple[MeanFieldState, MeanFieldInfo]:
-        """One step of Adam on minus the (tempered) evidence lower bound, for each of the N observations."""
+        """One step of Adam on minus the evidence lower bound, for each of the N observations, times the temperature."""
         batch = minibatch(target.data, self.batch_size, generator)
         leaves = {name: value.detach().requires_grad_() for name, value in state.variational.items()}
         means, log_stds = _split(leaves)
         sampled = _sample(means, log_stds, self.num_samples, generator)
         log_likelihood = self._expected_log_likelihood(target, batch, means, log_stds, sampled, generator)
-        elbo = len(target.data) / len(batch) * log_likelihood - _divergence(target, means, log_stds, sampled)
-        loss = -elbo / (target.temperature * len(target.data))
+        bound = len(target.data) / len(batch) * log_likelihood - _divergence(target, means, log_stds, sampled)
+        elbo = (bound + (target.temperature - 1) * _entropy(log_stds)) / target.temperature
+        loss = -elbo * target.temperature / len(target.data)
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         rate = self.learning_rate * warmup_cosine(int(state.adam.step), self.num_steps, min(100, self.num_steps // 10))
         variational, adam = adam_step(state.variational, gradients, state.adam, rate)
@@ -145,6 +148,11 @@ def _sample(means: Parameters, log_stds: Parameters, count: int, generator: torc
     return {name: draw(name) for name in means}
 
 
+def _entropy(log_stds: Parameters) -> Tensor:
+    """-E_q log q."""
+    return torch.stack([(log_std + 0.5 * math.log(2 * math.pi * math.e)).sum() for log_std in log_stds.values()]).sum()
+
+
 def _divergence(target: NetworkTarget, means: Parameters, log_stds: Parameters, sampled: Parameters) -> Tensor:
     """KL(q || p): exact where the prior is Gaussian, else E_q[log q - log p] over the samples."""
     total: Any = 0.0
@@ -156,22 +164,26 @@ def _divergence(target: NetworkTarget, means: Parameters, log_stds: Parameters, 
             total = total + 0.5 * (ratio + ((mean - loc) / scale).square() - 1 - ratio.log()).sum()
         else:
             # -E log q is the Gaussian's entropy, known exactly; only E log p is left to the samples.
-            entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-            total = total - entropy - target.prior.log_prob(name.removeprefix(NETWORK), sampled[name]).mean()
+            total = (
+                total
+                - _entropy({name: log_std})
+                - target.prior.log_prob(name.removeprefix(NETWORK), sampled[name]).mean()
+            )
     return total
 
 
 def local_layers(network: nn.Module, X: Tensor) -> list[nn.Linear]:
     """The linear layers whose outputs can be drawn instead of their weights.
 
-    Those called once in a forward pass, on (rows, features), and sharing no parameter with another layer: only then is
-    a fresh draw of the output for each row a draw under q.
+    Those called once in a forward pass, on (points, features), and sharing no parameter with another layer: only then
+    is a fresh draw of the output for each row a draw under q.
     """
     calls: dict[nn.Linear, int] = {}
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Linear)
-        calls[module] = calls.get(module, 0) + (1 if inputs[0].dim() == 2 else 2)
+        # Other than one row for one point, the rows share weights.
+        calls[module] = calls.get(module, 0) + (1 if inputs[0].shape[:-1] == X.shape[:1] else 2)
 
     linear = [module for module in network.modules() if type(module) is nn.Linear]
     handles = [module.register_forward_hook(count) for module in linear]
@@ -197,12 +209,12 @@ def _noisy_outputs(
     network: nn.Module, layers: list[nn.Linear], log_stds: Parameters, generator: torch.Generator
 ) -> Iterator[None]:
     """Within it, each of the layers (called with its mean weights) adds the noise that its weights' variances cause."""
-    prefixes = {module: NETWORK + name for name, module in network.named_modules()}
+    names = {id(parameter): NETWORK + name for name, parameter in network.named_parameters()}
+    parameters = {layer: {name: names[id(own)] for name, own in layer.named_parameters()} for layer in layers}
 
     def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        weight_var = (2 * log_stds[f"{prefixes[module]}.weight"]).exp()
-        bias_var = (2 * log_stds[f"{prefixes[module]}.bias"]).exp() if module.bias is not None else None
-        variance = F.linear(inputs[0].square(), weight_var, bias_var)
+        variances = {name: (2 * log_stds[own]).exp() for name, own in parameters[module].items()}
+        variance = F.linear(inputs[0].square(), variances["weight"], variances.get("bias"))
         # All-zero inputs without a bias have no variance, and the root no derivative there.
         std = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
         return output + std * torch.randn(output.shape, generator=generator, dtype=output.dtype)
