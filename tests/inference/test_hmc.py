@@ -199,8 +199,8 @@ def test_divergences_on_a_funnel_are_reported():
             name: torch.randn(count, k, generator=generator, dtype=torch.float64) for name, k in (("v", 1), ("x", 9))
         }
 
+    method = HMC(num_chains=4, num_warmup=0, num_draws=200, num_leapfrog=4, initial_step_size=0.7)
     with pytest.warns(BayesnnWarning, match="diverged"):
-        method = HMC(num_chains=4, num_warmup=0, num_draws=200, num_leapfrog=4, initial_step_size=0.7)
         posterior = run(method, FunctionTarget(log_density, initial))
     assert posterior.statistics["diverging"].mean() > 0.01
 
