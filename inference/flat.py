@@ -23,10 +23,17 @@ def log_density_and_gradient(target: Target, position: Tensor) -> tuple[Tensor, 
     """The target's log density of every chain, (C,), and its gradient, (C, P).
 
     The pieces of the position are leaves by themselves: differentiating through the flat vector would write a padded
-    copy of it for every tensor.
+    copy of it for every tensor. A prior that is Gaussian in every parameter is added in closed form.
     """
     leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
+    gaussian = target.flat_gaussian_prior
     with torch.enable_grad():
-        value = log_density(target, leaves)
+        value = target.log_likelihood(leaves) if gaussian is not None else log_density(target, leaves)
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()))
-    return value.detach(), torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+    value, gradient = value.detach(), torch.cat([piece.flatten(1) for piece in gradients], 1)
+    if gaussian is None:
+        return value, gradient
+    centred = position - gaussian.loc
+    pull = centred * gaussian.precision
+    log_prior = gaussian.log_normaliser - 0.5 * (pull * centred).sum(-1)
+    return (value + log_prior) / target.temperature, (gradient - pull) / target.temperature

@@ -11,8 +11,9 @@ over it and returns one number for each.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,21 @@ Parameters = dict[str, Tensor]
 NETWORK, LIKELIHOOD = "network.", "likelihood."
 
 
+class FlatGaussian(NamedTuple):
+    """A Gaussian prior over all parameters as one vector: (P,) each, and the sum of the log normalisers."""
+
+    loc: Tensor
+    precision: Tensor
+    log_normaliser: float
+
+
 class Target(Protocol):
     """What a method may ask of its target."""
 
     data: Data
     temperature: float
+    flat_gaussian_prior: FlatGaussian | None
+    """The prior, if it is Gaussian in every parameter."""
 
     def log_prior(self, parameters: Parameters) -> Tensor:
         """log p(theta), (C,)."""
@@ -95,6 +106,7 @@ class NetworkTarget:
         self._check_output()
         self._shapes = {NETWORK + name: parameter.shape for name, parameter in self.network.named_parameters()}
         self._shapes |= {name: torch.Size([1, data.Y.shape[-1]]) for name in self.parameter_priors}
+        self.flat_gaussian_prior = self._flat_gaussian_prior()
 
     def _check_output(self) -> None:
         with torch.no_grad():
@@ -142,6 +154,15 @@ class NetworkTarget:
         shape, short = self.shapes()[name], name.removeprefix(NETWORK)
         scale = self.prior.gaussian_scale(short, shape)
         return None if scale is None else (location(short, shape), scale)
+
+    def _flat_gaussian_prior(self) -> FlatGaussian | None:
+        moments = [(self.gaussian_prior(name), shape.numel()) for name, shape in self._shapes.items()]
+        rows = [gaussian for gaussian, size in moments if gaussian is not None for _ in range(size)]
+        if len(rows) < sum(size for _, size in moments):
+            return None
+        loc, scale = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+        log_normaliser = float(-(scale.log() + 0.5 * math.log(2 * math.pi)).sum())
+        return FlatGaussian(loc.to(self.data.X), scale.square().reciprocal().to(self.data.X), log_normaliser)
 
     def log_prior(self, parameters: Parameters) -> Tensor:
         """log p(weights) + log p(likelihood parameters), (C,)."""
@@ -225,6 +246,7 @@ class FunctionTarget:
     ) -> None:
         self._log_density, self.initial = log_density, initial
         self.data, self.temperature = Data(torch.empty(0, 0), torch.empty(0, 0)), 1.0
+        self.flat_gaussian_prior: FlatGaussian | None = None
         self._shapes = {name: values.shape[1:] for name, values in initial(1, torch.Generator()).items()}
 
     def shapes(self) -> dict[str, torch.Size]:

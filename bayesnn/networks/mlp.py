@@ -1,12 +1,14 @@
-"""Multi-layer perceptrons."""
+"""Multi-layer perceptrons, one by one or many at once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from bayesnn.configured import Configured
 
@@ -35,6 +37,7 @@ class MLP(Configured, nn.Module):
         for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers[:-1])
+        self.activation = activation
 
     def forward(self, X: Tensor) -> Tensor:
         """(*batch, in_features) -> (*batch, out_features)."""
@@ -43,18 +46,67 @@ class MLP(Configured, nn.Module):
     def forward_members(self, parameters: Mapping[str, Tensor], X: Tensor) -> Tensor:
         """The outputs of S networks at the same rows: parameters stacked to (S, …), X (q, d) -> (S, q, out_features).
 
-        What ``torch.func.vmap`` of ``forward`` gives, but with the biases added inside the batched matrix product and
-        rows last, which saves a third of the time where it matters most: in the gradients of a sampler.
+        What ``torch.func.vmap`` of ``forward`` gives, with gradients of first order, in under half of the time: samplers
+        spend their lives here.
         """
-        first = next(iter(parameters.values()))
-        hidden = X.T.expand(first.shape[0], X.shape[1], X.shape[0])
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, nn.Linear):
-                weight, bias = parameters[f"layers.{index}.weight"], parameters[f"layers.{index}.bias"]
-                hidden = torch.baddbmm(bias.unsqueeze(-1), weight, hidden)
-            else:
-                hidden = layer(hidden)
-        return hidden.mT
+        names = [f"layers.{index}" for index, layer in enumerate(self.layers) if isinstance(layer, nn.Linear)]
+        tensors = [parameters[f"{name}.{kind}"] for name in names for kind in ("weight", "bias")]
+        return _Members.apply(X, self.activation, *tensors)
+
+
+class _Members(torch.autograd.Function):
+    """Many perceptrons as batched matrix products, rows last: hidden values are (S, width, q)."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, activation: str, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        weights, biases = tensors[::2], tensors[1::2]
+        num_members, q = weights[0].shape[0], X.shape[0]
+        # All members see the same rows, so that their first layers are one product.
+        stacked = weights[0].reshape(-1, X.shape[1])
+        value = torch.addmm(biases[0].reshape(-1, 1), stacked, X.T).view(num_members, -1, q)
+        before, after = [], []
+        for weight, bias in zip(weights[1:], biases[1:], strict=True):
+            before.append(value)
+            after.append(_activate(activation, value))
+            value = torch.baddbmm(bias.unsqueeze(-1), weight, after[-1])
+        ctx.activation, ctx.num_hidden = activation, len(after)
+        # tanh and ReLU work in place, and their derivatives need the result alone.
+        ctx.save_for_backward(X, *weights, *after, *([] if activation in ("tanh", "relu") else before))
+        return value.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        count = ctx.num_hidden
+        X, *saved = ctx.saved_tensors
+        weights, after, before = saved[: count + 1], saved[count + 1 : 2 * count + 1], saved[2 * count + 1 :]
+        value, gradients = gradient.mT, []
+        for layer in range(count, 0, -1):
+            gradients += [value.sum(-1), value @ after[layer - 1].mT]
+            value = weights[layer].mT @ value
+            value = _backward(ctx.activation, value, after[layer - 1], before[layer - 1] if before else None)
+        gradients += [value.sum(-1), (value.reshape(-1, X.shape[0]) @ X).view_as(weights[0])]
+        wanted = ctx.needs_input_grad[0]
+        return (weights[0].mT @ value).sum(0).T if wanted else None, None, *reversed(gradients)
+
+
+def _activate(activation: str, value: Tensor) -> Tensor:
+    if activation == "tanh":
+        # torch's tanh takes four times as long as its sigmoid on a CPU; 2 sigmoid(2x) - 1 differs by rounding only.
+        return value.mul_(2).sigmoid_().mul_(2).sub_(1)
+    if activation == "relu":
+        return value.relu_()
+    return ACTIVATIONS[activation]()(value)
+
+
+def _backward(activation: str, gradient: Tensor, after: Tensor, before: Tensor | None) -> Tensor:
+    if activation == "tanh":
+        return torch.ops.aten.tanh_backward(gradient, after)
+    if activation == "relu":
+        return gradient * (after > 0)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(gradient, before)
+    return torch.ops.aten.silu_backward(gradient, before) if activation == "silu" else gradient
 
 
 def mlp(in_features: int, out_features: int, hidden: Sequence[int] = (50, 50), activation: str = "tanh") -> MLP:
