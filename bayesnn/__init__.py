@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from bayesnn import likelihoods, networks, priors
+from bayesnn import likelihoods, metrics, networks, priors
 from bayesnn.bnn import BNN
 from bayesnn.data import BayesnnWarning
 from bayesnn.inference.amortized import PFN
@@ -25,6 +25,7 @@ __all__ = [
     "Predictive",
     "likelihoods",
     "load",
+    "metrics",
     "networks",
     "priors",
     "surrogate",
