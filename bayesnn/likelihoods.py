@@ -116,7 +116,12 @@ class Gaussian(Likelihood):
         """log_noise_std, if fixed."""
         if self.noise_std is None:
             return {}
-        noise = outcome_scale.new_tensor(_as_list(self.noise_std)).expand_as(outcome_scale)
+        noise = outcome_scale.new_tensor(_as_list(self.noise_std))
+        if len(noise) not in (1, outcome_scale.shape[-1]):
+            raise ValueError(
+                f"noise_std must be one number or one for each of the {outcome_scale.shape[-1]} outputs, found {len(noise)}"
+            )
+        noise = noise.expand_as(outcome_scale)
         return {"log_noise_std": (noise / outcome_scale).log()}
 
     def __call__(self, f: Tensor, parameters: Parameters) -> Distribution:
