@@ -1,0 +1,197 @@
+"""Search spaces: what may be tried, and how a configuration becomes numbers.
+
+A configuration is a dict of values. Its *code* is a row of float64: numbers lie in [0, 1] (on the log scale where the
+parameter is), integers and steps on the grid of their values, a category is its index. Its *features*, what surrogates
+are fitted to, are the code with every category one-hot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from optuna.distributions import BaseDistribution
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from bayesnn.bo.parameters import (
+    Categorical,
+    Numeric,
+    Parameter,
+    all_codes,
+    parameter_from_distribution,
+    parameter_from_form,
+)
+
+Configuration = dict[str, Any]
+
+# Up to so many values, a number is searched value by value; beyond, as if it were continuous, then rounded.
+FEW_VALUES = 20
+
+
+class Space:
+    """A search space.
+
+    Args:
+        definition: for each parameter's name ``(low, high)``: a number, a whole one if both ends are ``int``;
+            ``(low, high, "log")``: the same on the log scale; a list of at least two strings, numbers, booleans or None:
+            a category. Both ends are included.
+
+    Raises:
+        TypeError, ValueError: for a definition that makes no sense, naming the parameter.
+
+    Example:
+        >>> Space({"x": (0.0, 1.0), "n": (1, 10), "rate": (1e-5, 1e-1, "log"), "kind": ["a", "b"]})
+    """
+
+    def __init__(self, definition: Mapping[str, Any]) -> None:
+        if not isinstance(definition, Mapping):
+            raise TypeError(f"a space is a dict of name: (low, high) or [choices], found {type(definition).__name__}")
+        if not definition:
+            raise ValueError("a space needs at least one parameter, found none")
+        self.parameters: dict[str, Parameter] = {
+            name: parameter_from_form(name, form) for name, form in definition.items()
+        }
+
+    @classmethod
+    def from_distributions(cls, distributions: Mapping[str, BaseDistribution]) -> Space:
+        """The space of a study's parameters, which must have more than one value each.
+
+        Raises:
+            TypeError: for a kind of distribution that Optuna doesn't have.
+        """
+        space = cls.__new__(cls)
+        space.parameters = {name: parameter_from_distribution(name, given) for name, given in distributions.items()}
+        return space
+
+    # What it consists of ---------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names, in the order of the code's columns."""
+        return list(self.parameters)
+
+    @property
+    def size(self) -> float:
+        """How many configurations there are; infinite if anything is continuous."""
+        return math.prod(parameter.num_values for parameter in self.parameters.values())
+
+    @property
+    def num_features(self) -> int:
+        """How many columns the features have."""
+        return sum(len(p.choices) if isinstance(p, Categorical) else 1 for p in self.parameters.values())
+
+    @property
+    def bounds(self) -> Tensor:
+        """The lowest and the highest code, (2, d)."""
+        high = [p.num_values - 1 if isinstance(p, Categorical) else 1.0 for p in self.parameters.values()]
+        return torch.tensor([[0.0] * len(high), high], dtype=torch.float64)
+
+    @property
+    def category_codes(self) -> dict[int, list[float]]:
+        """For each column that is a category, its codes."""
+        columns = enumerate(self.parameters.values())
+        return {column: all_codes(p) for column, p in columns if isinstance(p, Categorical)}
+
+    @property
+    def step_codes(self) -> dict[int, list[float]]:
+        """For each column that is a number with few values, the codes of those values."""
+        columns = enumerate(self.parameters.values())
+        numbers = {column: p for column, p in columns if isinstance(p, Numeric) and p.num_values <= FEW_VALUES}
+        return {column: all_codes(p) for column, p in numbers.items()}
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The same as Optuna distributions."""
+        return {name: parameter.distribution() for name, parameter in self.parameters.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Space) and self.parameters == other.parameters
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Space({', '.join(f'{name}: {parameter}' for name, parameter in self.parameters.items())})"
+
+    # Configurations, codes, features -----------------------------------------------------------------------------------
+
+    def codes(self, configurations: Iterable[Mapping[str, Any]]) -> Tensor:
+        """Configurations -> codes (n, d).
+
+        Raises:
+            ValueError: for a configuration with missing, unknown or out-of-space values.
+        """
+        rows = [self._code(configuration) for configuration in configurations]
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(self.parameters))
+
+    def _code(self, configuration: Mapping[str, Any]) -> list[float]:
+        if set(configuration) != set(self.parameters):
+            raise ValueError(f"a configuration of this space has {self.names}, found {list(configuration)}")
+        row = []
+        for name, parameter in self.parameters.items():
+            try:
+                row.append(parameter.code(configuration[name]))
+            except ValueError as error:
+                raise ValueError(f"{name} of the configuration is outside the space: {error}") from None
+        return row
+
+    def configurations(self, codes: Tensor) -> list[Configuration]:
+        """Codes (n, d) -> the nearest configurations."""
+        parameters = self.parameters.items()
+        return [
+            {name: p.value(code) for (name, p), code in zip(parameters, row, strict=True)} for row in codes.tolist()
+        ]
+
+    def snap(self, codes: Tensor) -> Tensor:
+        """The codes of the configurations nearest to any codes (*batch, d)."""
+        rows = self.codes(self.configurations(codes.reshape(-1, codes.shape[-1])))
+        return rows.reshape(codes.shape).to(codes)
+
+    def encode(self, codes: Tensor) -> Tensor:
+        """Codes (*batch, d) -> features (*batch, num_features); differentiable in the numbers."""
+        columns = []
+        for column, parameter in enumerate(self.parameters.values()):
+            code = codes[..., column]
+            if isinstance(parameter, Categorical):
+                choices = torch.arange(len(parameter.choices), device=codes.device)
+                columns.append((code.round().unsqueeze(-1) == choices).to(codes))
+            else:
+                columns.append(code.unsqueeze(-1))
+        return torch.cat(columns, -1)
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Features (n, num_features) -> codes (n, d) of the nearest configurations, undoing :meth:`encode`."""
+        if features.shape[-1] != self.num_features:
+            raise ValueError(f"features of this space have {self.num_features} columns, found {features.shape[-1]}")
+        columns, start = [], 0
+        for parameter in self.parameters.values():
+            width = len(parameter.choices) if isinstance(parameter, Categorical) else 1
+            block = features[..., start : start + width].detach().double()
+            columns.append(block.argmax(-1).double() if isinstance(parameter, Categorical) else block[..., 0])
+            start += width
+        return self.snap(torch.stack(columns, -1))
+
+    def features(self, configurations: Iterable[Mapping[str, Any]]) -> Tensor:
+        """Configurations -> features (n, num_features), what a surrogate is fitted to.
+
+        Raises:
+            ValueError: for a configuration with missing, unknown or out-of-space values.
+        """
+        return self.encode(self.codes(configurations))
+
+    # Points ------------------------------------------------------------------------------------------------------------
+
+    def sobol(self, num_points: int, seed: int, skip: int = 0) -> Tensor:
+        """Codes (n, d) of a scrambled Sobol sequence, spread evenly over the values of every parameter."""
+        engine = SobolEngine(len(self.parameters), scramble=True, seed=seed).fast_forward(skip)
+        uniforms = engine.draw(num_points, dtype=torch.float64).tolist()
+        parameters = self.parameters.values()
+        rows = [[p.spread(uniform) for p, uniform in zip(parameters, row, strict=True)] for row in uniforms]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def grid(self) -> Tensor:
+        """The codes of all configurations, (size, d); for finite spaces only."""
+        return torch.cartesian_prod(
+            *(torch.tensor(all_codes(p), dtype=torch.float64) for p in self.parameters.values())
+        ).reshape(int(self.size), len(self.parameters))
