@@ -31,9 +31,9 @@ def function_draws_of(posterior_at: Callable[[Tensor], Posterior], num_draws: in
             return sampler(first)
         points = torch.cat([*remembered, rows])
         posterior = posterior_at(points)
-        # A Student-t posterior has one row of normals more than points; it stays the first one.
-        wanted = posterior.base_sample_shape[-2] - sum(block.shape[1] for block in normals)
-        shape = (num_draws, wanted, posterior.base_sample_shape[-1])
+        # (q, m) normals; (q,) for BoTorch's Gaussian with one output; a Student-t's have one more row, the first one.
+        rows_of_normals, *outputs = posterior.base_sample_shape
+        shape = (num_draws, rows_of_normals - sum(block.shape[1] for block in normals), *outputs)
         normals.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(rows))
         remembered.append(rows.detach())
         values = posterior.rsample_from_base_samples(torch.Size([num_draws]), torch.cat(normals, 1))

@@ -19,7 +19,8 @@ class FunctionDraws(Posterior):
 
     Args:
         values: (*batch, S, q, m).
-        log_weights: (*batch, S) or (S,), unnormalised; None means equal weights.
+        log_weights: (*batch, S) or (S,), unnormalised; None means equal weights. Where they have batch dimensions of
+            their own (one set of weights for each fantasy), the functions are the same for all of them.
 
     Raises:
         ValueError: if the shapes don't fit.
@@ -30,6 +31,9 @@ class FunctionDraws(Posterior):
             raise ValueError(f"values must have shape (*batch, S, q, m), found {tuple(values.shape)}")
         if log_weights is not None and log_weights.shape[-1] != values.shape[-3]:
             raise ValueError(f"log_weights must end in S={values.shape[-3]}, found {tuple(log_weights.shape)}")
+        if log_weights is not None:
+            batch = torch.broadcast_shapes(values.shape[:-3], log_weights.shape[:-1])
+            values = values.expand(*batch, *values.shape[-3:])
         self.values = values
         self.log_weights = None if log_weights is None else torch.log_softmax(log_weights, -1)
 
@@ -78,13 +82,22 @@ class FunctionDraws(Posterior):
         return (self.weights * (self.values - self.mean.unsqueeze(-3)).square()).sum(-3)
 
     def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
-        """Functions picked by uniforms of shape ``sample_shape``: (*sample_shape, *batch, q, m)."""
-        uniforms = base_samples.reshape(-1).to(self.values)
+        """Functions picked by uniforms of shape ``sample_shape``: (*sample_shape, *batch, q, m).
+
+        Raises:
+            ValueError: for base samples that aren't uniforms.
+        """
+        # In double precision: single would round the upper end of a draw's share up to the next draw.
+        uniforms = base_samples.reshape(-1).to(self.device, torch.float64)
+        if bool(((uniforms < 0) | (uniforms > 1)).any()):
+            raise ValueError(
+                "base samples must be uniforms, one for each function: use get_sampler(posterior, sample_shape)"
+            )
         if self.log_weights is None:
             index = (uniforms * self.num_draws).long().clamp_max(self.num_draws - 1)
             picked = self.values.index_select(-3, index)
         else:
-            cdf = self.log_weights.exp().cumsum(-1).expand(self.values.shape[:-2]).contiguous()
+            cdf = self.log_weights.double().exp().cumsum(-1).expand(self.values.shape[:-2]).contiguous()
             index = torch.searchsorted(cdf, uniforms.expand(*cdf.shape[:-1], -1).contiguous())
             index = index.clamp_max(self.num_draws - 1)[..., None, None]
             picked = self.values.gather(-3, index.expand(*index.shape[:-2], *self.values.shape[-2:]))
