@@ -17,11 +17,11 @@ load = Model.load
 __all__ = [
     "BNN",
     "NNGP",
+    "PFN",
     "BayesnnWarning",
     "ConditionalNeuralProcess",
     "Model",
     "NotFittedError",
-    "PFN",
     "Predictive",
     "likelihoods",
     "load",

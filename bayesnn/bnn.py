@@ -76,7 +76,8 @@ class BNN(Model):
         network = self.network
         if not isinstance(network, nn.Module):
             builder: NetworkBuilder = mlp if network is None else network
-            network = builder(data.X.shape[-1], self.likelihood.latent_size(data.Y.shape[-1]))
+            with torch.random.fork_rng(devices=[]):  # torch's initial weights, which aren't used, come from global state
+                network = builder(data.X.shape[-1], self.likelihood.latent_size(data.Y.shape[-1]))
         return NetworkTarget(network, self.likelihood, self.prior, data, outcome_scale, self.temperature)
 
     def _take(self, target: NetworkTarget, weights: WeightPosterior) -> None:
@@ -124,23 +125,20 @@ class BNN(Model):
         Exact as the number of draws grows, but only for a few, not too surprising observations: with an effective sample
         size below 2 it warns, and the model should be refitted.
         """
-        scaled = self._scaled(X)
-        standardised = self._outcomes.standardise(Y) if self.likelihood.standardises else Y
+        scaled, observed = self._observed(X, Y)
         draws = self._latent(scaled)
-        log_likelihood = self.likelihood.log_prob(
-            draws.values, standardised.unsqueeze(-3), self._likelihood_parameters()
-        )
+        log_likelihood = self.likelihood.log_prob(draws.values, observed.unsqueeze(-3), self._likelihood_parameters())
         log_weights = log_likelihood.sum(-1) + (0.0 if draws.log_weights is None else draws.log_weights)
         log_weights = torch.log_softmax(log_weights, -1)
         effective = float((-torch.logsumexp(2 * log_weights, -1)).exp().min())
         if effective < 2:
             warnings.warn(
-                f"conditioning left an effective sample size of {effective:.1f} draws: refit the model with these observations",
+                f"conditioning left an effective sample size of {effective:.1f} draws: refit with these observations",
                 BayesnnWarning,
                 stacklevel=2,
             )
         conditioned = self._copy()
-        conditioned._reweighting = log_weights
+        conditioned._reweighting, conditioned._conditioned = log_weights, True
         return conditioned
 
     def _state(self) -> dict[str, Tensor]:
@@ -154,7 +152,7 @@ class BNN(Model):
 
     def _saved_arguments(self) -> dict[str, Any]:
         # What was built at fit, not the function that built it.
-        return dict(self._arguments) | {"network": self._fitted_network}  # type: ignore[attr-defined]
+        return dict(self._arguments) | {"network": self._fitted_network}
 
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
         groups: dict[str, dict[str, Tensor]] = {"draws": {}, "statistics": {}, "buffers": {}}

@@ -19,6 +19,7 @@ class Configured:
     """
 
     _classes: ClassVar[dict[str, type]] = {}
+    _arguments: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -49,7 +50,7 @@ def describe(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Configured):
-        arguments = {name: describe(argument) for name, argument in value._arguments.items()}  # type: ignore[attr-defined]
+        arguments = {name: describe(argument) for name, argument in value._arguments.items()}
         return {"class": type(value).__name__, "arguments": arguments}
     if isinstance(value, torch.Tensor):
         return value.tolist()

@@ -19,7 +19,7 @@ class Data(NamedTuple):
     X: Tensor
     Y: Tensor
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return self.X.shape[0]
 
 

@@ -22,8 +22,17 @@ from bayesnn.histogram import Histogram
 
 
 @singledispatch
-def sample(distribution: Distribution, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+def sample(
+    distribution: Distribution, sample_shape: torch.Size, generator: torch.Generator, num_shared: int = 0
+) -> Tensor:
     """Draw from a distribution with a generator: (*sample_shape, *batch_shape). Differentiable where rsample is.
+
+    Args:
+        distribution: what to draw from.
+        sample_shape: how many draws.
+        generator: where randomness comes from.
+        num_shared: so many leading dimensions of the batch shape get the same random numbers: a value doesn't depend on
+            its place there. (Not so for counts, which have no smooth map from random numbers to values.)
 
     Raises:
         TypeError: for a distribution without a rule here.
@@ -31,34 +40,37 @@ def sample(distribution: Distribution, sample_shape: torch.Size, generator: torc
     raise TypeError(f"no seeded sampler for {type(distribution).__name__}")
 
 
-def _shape(distribution: Distribution, sample_shape: torch.Size) -> torch.Size:
-    return torch.Size(sample_shape) + distribution.batch_shape
+def _shape(distribution: Distribution, sample_shape: torch.Size, num_shared: int = 0) -> torch.Size:
+    batch = distribution.batch_shape
+    return torch.Size((*sample_shape, *(1 for _ in batch[:num_shared]), *batch[num_shared:]))
 
 
 @sample.register
-def _(distribution: Normal, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
-    loc = distribution.loc
-    noise = torch.randn(_shape(distribution, sample_shape), generator=generator, dtype=loc.dtype, device=loc.device)
+def _(distribution: Normal, sample_shape: torch.Size, generator: torch.Generator, num_shared: int = 0) -> Tensor:
+    loc, shape = distribution.loc, _shape(distribution, sample_shape, num_shared)
+    noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
     return loc + distribution.scale * noise
 
 
 @sample.register
-def _(distribution: StudentT, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
-    loc, shape = distribution.loc, _shape(distribution, sample_shape)
+def _(distribution: StudentT, sample_shape: torch.Size, generator: torch.Generator, num_shared: int = 0) -> Tensor:
+    loc, shape = distribution.loc, _shape(distribution, sample_shape, num_shared)
     noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
-    df = distribution.df.expand(shape)
-    chi2 = 2 * torch._standard_gamma(df / 2, generator=generator)  # type: ignore[call-arg]
+    df = distribution.df.expand(distribution.batch_shape)[(0,) * num_shared].expand(shape)
+    chi2 = 2 * torch._standard_gamma(df / 2, generator=generator)
     return loc + distribution.scale * noise * (df / chi2).sqrt()
 
 
 @sample.register
-def _(distribution: Bernoulli, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
-    return torch.bernoulli(distribution.probs.expand(_shape(distribution, sample_shape)), generator=generator)
+def _(distribution: Bernoulli, sample_shape: torch.Size, generator: torch.Generator, num_shared: int = 0) -> Tensor:
+    probs, shape = distribution.probs, _shape(distribution, sample_shape, num_shared)
+    uniform = torch.rand(shape, generator=generator, dtype=probs.dtype, device=probs.device)
+    return (uniform < probs).to(probs)
 
 
 @sample.register
-def _(distribution: Categorical, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
-    shape = _shape(distribution, sample_shape)
+def _(distribution: Categorical, sample_shape: torch.Size, generator: torch.Generator, num_shared: int = 0) -> Tensor:
+    shape = _shape(distribution, sample_shape, num_shared)
     uniform = torch.rand((*shape, 1), generator=generator, dtype=distribution.probs.dtype)
     # Inverse cdf; the last edge is left out, so that rounding never yields a class that doesn't exist.
     edges = distribution.probs.cumsum(-1)[..., :-1]
@@ -66,22 +78,24 @@ def _(distribution: Categorical, sample_shape: torch.Size, generator: torch.Gene
 
 
 @sample.register
-def _(distribution: Poisson, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+def _(distribution: Poisson, sample_shape: torch.Size, generator: torch.Generator, num_shared: int = 0) -> Tensor:
     return torch.poisson(distribution.rate.expand(_shape(distribution, sample_shape)), generator=generator)
 
 
 @sample.register
-def _(distribution: NegativeBinomial, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
+def _(
+    distribution: NegativeBinomial, sample_shape: torch.Size, generator: torch.Generator, num_shared: int = 0
+) -> Tensor:
     shape = _shape(distribution, sample_shape)
-    gamma = torch._standard_gamma(distribution.total_count.expand(shape), generator=generator)  # type: ignore[call-arg]
+    gamma = torch._standard_gamma(distribution.total_count.expand(shape), generator=generator)
     return torch.poisson(gamma * distribution.logits.exp(), generator=generator)
 
 
 @sample.register
-def _(distribution: Histogram, sample_shape: torch.Size, generator: torch.Generator) -> Tensor:
-    logits = distribution.logits
-    uniform = torch.rand(_shape(distribution, sample_shape), generator=generator, dtype=logits.dtype)
-    return distribution.icdf(uniform)
+def _(distribution: Histogram, sample_shape: torch.Size, generator: torch.Generator, num_shared: int = 0) -> Tensor:
+    logits, shape = distribution.logits, _shape(distribution, sample_shape, num_shared)
+    uniform = torch.rand(shape, generator=generator, dtype=logits.dtype)
+    return distribution.icdf(uniform.expand(_shape(distribution, sample_shape)))
 
 
 @singledispatch

@@ -15,10 +15,11 @@ import torch
 from botorch.models.model import Model as BotorchModel
 from botorch.posteriors import Posterior
 from botorch.sampling.base import MCSampler
+from botorch.sampling.get_sampler import get_sampler
 from torch import Tensor
 
 from bayesnn.configured import Configured, build, describe
-from bayesnn.data import Data, Scaling, check_inputs, identity, standardisation
+from bayesnn.data import Data, Scaling, as_float, check_inputs, identity, standardisation
 from bayesnn.distributions import sample
 from bayesnn.files import read_tensors, write_tensors
 from bayesnn.functions import FunctionDraw, function_draws_of
@@ -50,6 +51,7 @@ class Model(Configured, BotorchModel):
         self._inputs: Scaling
         self._outcomes: Scaling
         self._outputs: list[int] | None = None
+        self._conditioned = False
 
     # What a family implements ---------------------------------------------------------------------------------------
 
@@ -100,14 +102,15 @@ class Model(Configured, BotorchModel):
         Raises:
             TypeError, ValueError: for data that can't be used, before any work starts.
         """
-        X = check_inputs(X)
-        Y = self.likelihood.check(Y, X.shape[0], X)
+        X = check_inputs(X).detach()
+        Y = self.likelihood.check(Y, X.shape[0], X).detach()
         inputs = standardisation(X, "X") if self.scale_inputs else identity(X.shape[-1], X)
         standardised = self.likelihood.standardises
         outcomes = standardisation(Y, "Y") if standardised else identity(Y.shape[-1], X)
         data = Data(inputs.standardise(X), outcomes.standardise(Y) if standardised else Y)
         self._fit(data, outcomes.scale, seed=seed, progress=progress, callbacks=callbacks, checkpoint=checkpoint)
         self._data, self._inputs, self._outcomes = data, inputs, outcomes
+        self._outputs, self._conditioned = None, False
         return self.eval()
 
     def _require_fitted(self) -> Data:
@@ -118,7 +121,8 @@ class Model(Configured, BotorchModel):
     @property
     def train_inputs(self) -> tuple[Tensor]:
         """The inputs it was fitted to, in the user's units, (n, d)."""
-        return (self._inputs.loc + self._inputs.scale * self._require_fitted().X,)
+        data = self._require_fitted()
+        return (self._inputs.loc + self._inputs.scale * data.X,)
 
     @property
     def train_targets(self) -> Tensor:
@@ -168,6 +172,8 @@ class Model(Configured, BotorchModel):
             TypeError, ValueError: for inputs that can't be used.
         """
         scaled = self._scaled(X)
+        if output_indices is not None:
+            self._check_outputs("output_indices", output_indices)
         latent = self._latent(scaled)
         if observation_noise is True:
             posterior = self._observations(latent, scaled)
@@ -195,7 +201,8 @@ class Model(Configured, BotorchModel):
         if isinstance(latent, GaussianPosterior) and isinstance(self.likelihood, Gaussian):
             return latent.with_noise((2 * parameters["log_noise_std"]).exp().expand_as(latent.mean))
         draws = function_draws(latent, 256)
-        noisy = sample(self.likelihood(draws.values, parameters), torch.Size([]), torch.Generator().manual_seed(0))
+        observed = self.likelihood(draws.values, parameters)
+        noisy = sample(observed, torch.Size([]), torch.Generator().manual_seed(0), num_shared=X.dim() - 2)
         return FunctionDraws(noisy.to(draws.values), draws.log_weights)
 
     def predict(self, X: Any) -> Predictive:
@@ -237,22 +244,40 @@ class Model(Configured, BotorchModel):
         Args:
             X: (*batch, q, d).
             Y: (*fantasies, *batch, q, m), in the user's units.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            TypeError, ValueError: for observations that can't be used.
         """
         raise TypeError(f"{type(self).__name__} can't take in more observations without refitting")
 
     def fantasize(self, X: Tensor, sampler: MCSampler, observation_noise: Tensor | None = None, **kwargs: Any) -> Self:
         """The model after imagined observations at X: (*sample_shape, *batch) copies in one, as BoTorch's look-ahead needs."""
         noise: bool | Tensor = True if observation_noise is None else observation_noise
-        fantasies = sampler(self.posterior(X, observation_noise=noise))
-        return self.condition_on_observations(X, fantasies)
+        posterior = self.posterior(X, observation_noise=noise)
+        if isinstance(posterior, FunctionDraws):
+            # BoTorch's look-ahead brings a sampler of normals; draws need their own.
+            sampler = get_sampler(posterior, sampler.sample_shape, seed=sampler.seed)  # type: ignore[arg-type]
+        return self.condition_on_observations(X, sampler(posterior))
+
+    def _observed(self, X: Any, Y: Any) -> tuple[Tensor, Tensor]:
+        """Further observations, checked, as scaled inputs and standardised outcomes."""
+        scaled = self._scaled(X)
+        Y, m = as_float(Y, "Y"), self._require_fitted().Y.shape[-1]
+        if Y.dim() < 2 or Y.shape[-2:] != (scaled.shape[-2], m):
+            raise ValueError(f"Y must have shape (…, {scaled.shape[-2]}, {m}) for these X, found {tuple(Y.shape)}")
+        return scaled, self._outcomes.standardise(Y.to(scaled)) if self.likelihood.standardises else Y
 
     def subset_output(self, idcs: list[int]) -> Self:
         """The same fitted model, with some of its outputs only."""
-        if any(not 0 <= index < self.num_outputs for index in idcs):
-            raise ValueError(f"idcs must lie in 0 … {self.num_outputs - 1}, found {idcs}")
+        self._check_outputs("idcs", idcs)
         subset = self._copy()
         subset._outputs = list(idcs) if self._outputs is None else [self._outputs[index] for index in idcs]
         return subset
+
+    def _check_outputs(self, name: str, indices: Sequence[int]) -> None:
+        if any(not 0 <= index < self.num_outputs for index in indices):
+            raise ValueError(f"{name} must lie in 0 … {self.num_outputs - 1}, found {list(indices)}")
 
     def _copy(self) -> Self:
         """A shallow copy that can be given other modules and attributes without touching this one."""
@@ -268,8 +293,11 @@ class Model(Configured, BotorchModel):
 
         Raises:
             NotFittedError: before ``fit``.
+            ValueError: for a model that has taken in observations since: fit one to all data instead.
         """
         data = self._require_fitted()
+        if self._conditioned:
+            raise ValueError("a conditioned model can't be saved: fit the model to all observations and save that")
         arguments, missing = {}, []
         for name, value in self._saved_arguments().items():
             try:
@@ -285,10 +313,11 @@ class Model(Configured, BotorchModel):
         tensors |= {"outcomes.loc": self._outcomes.loc, "outcomes.scale": self._outcomes.scale}
         tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
         description = {"format": 1, "class": type(self).__name__, "arguments": arguments, "missing": missing}
+        description |= {"outputs": self._outputs}
         write_tensors(path, tensors, description)
 
     def _saved_arguments(self) -> dict[str, Any]:
-        return dict(self._arguments)  # type: ignore[attr-defined]
+        return dict(self._arguments)
 
     @classmethod
     def load(cls, path: str | Path, **arguments: Any) -> Self:
@@ -315,7 +344,7 @@ class Model(Configured, BotorchModel):
                 f"load(path, {', '.join(f'{name}=…' for name in missing)})"
             )
         model = found(**({name: build(value) for name, value in description["arguments"].items()} | arguments))
-        model._data = Data(tensors["data.X"], tensors["data.Y"])
+        model._data, model._outputs = Data(tensors["data.X"], tensors["data.Y"]), description["outputs"]
         model._inputs = Scaling(tensors["inputs.loc"], tensors["inputs.scale"])
         model._outcomes = Scaling(tensors["outcomes.loc"], tensors["outcomes.scale"])
         model._set_state({n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")})
@@ -326,5 +355,7 @@ def _with_noise_var(posterior: Any, noise_var: Tensor) -> Any:
     if isinstance(posterior, GaussianPosterior):
         return posterior.with_noise(noise_var.expand_as(posterior.mean))
     draws = function_draws(posterior, 256)
-    noise = torch.randn(draws.values.shape, generator=torch.Generator().manual_seed(0), dtype=draws.values.dtype)
-    return FunctionDraws(draws.values + noise_var.sqrt().unsqueeze(-3) * noise, draws.log_weights)
+    # The same noise for every t-batch element.
+    noise = torch.randn(draws.values.shape[-3:], generator=torch.Generator().manual_seed(0), dtype=draws.values.dtype)
+    std = noise_var.sqrt().expand(torch.broadcast_shapes(noise_var.shape, draws.values.shape[-2:])).unsqueeze(-3)
+    return FunctionDraws(draws.values + std * noise, draws.log_weights)

@@ -55,8 +55,8 @@ def predictive_band(
     axes.plot(inputs, mean, color=TOTAL, linewidth=1.6, label="mean")
     reach = NormalDist().inv_cdf((1 + max(levels)) / 2) * _flat(p.epistemic.clamp_min(0).sqrt())
     for index, edge in enumerate((mean - reach, mean + reach)):
-        label = f"epistemic part, {100 * max(levels):.3g} %" if index == 0 else None
-        axes.plot(inputs, edge, color=EPISTEMIC, linewidth=1, linestyle="--", label=label)
+        name = f"epistemic part, {100 * max(levels):.3g} %" if index == 0 else None
+        axes.plot(inputs, edge, color=EPISTEMIC, linewidth=1, linestyle="--", label=name)
     if observed is not None:
         axes.plot(*(_flat(values) for values in observed), ".", color=OBSERVED, markersize=3.5, label="data")
     return axes

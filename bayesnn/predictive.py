@@ -10,6 +10,7 @@ expected entropy and the mutual information between label and function. Higher a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Predictive:
         loc: Tensor | float = 0.0,
         scale: Tensor | float = 1.0,
     ) -> None:
-        self.components = components
+        self.components: Any = components
         draws = components.batch_shape[-3]
         reference = components.mean if not isinstance(components, Categorical) else components.logits
         equal = reference.new_zeros(draws)

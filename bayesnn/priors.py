@@ -148,12 +148,12 @@ class _LogScaledExponentialIntegral(torch.autograd.Function):
         for k in range(10, -1, -1):
             series = (1 - (k + 1) / x64 * series) if k < 10 else torch.ones_like(x64)
         value = torch.where(x64 < 50.0, exact, series / x64)
-        ctx.save_for_backward(x64, value)  # type: ignore[attr-defined]
+        ctx.save_for_backward(x64, value)
         return value.log().to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
         x64, value = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad * (1 - 1 / (x64 * value)).to(grad.dtype)
 

@@ -41,7 +41,9 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def row(case: str, metric: str, unit: str, ours: list[float], peer: list[float], peer_name: str, better: str) -> dict[str, Any]:
+def row(
+    case: str, metric: str, unit: str, ours: list[float], peer: list[float], peer_name: str, better: str
+) -> dict[str, Any]:
     """One comparison of medians; ``ratio`` above 1 means that we are ahead."""
     own, other = statistics.median(ours), statistics.median(peer)
     return {

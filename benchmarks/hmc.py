@@ -82,7 +82,11 @@ def main() -> None:
     )
     prior = priors.Normal(scale=1.0, bias_scale=1.0, fan_in=False)
     target = NetworkTarget(
-        networks.mlp(6, 1), likelihoods.Gaussian(noise_std=0.1), prior, data(num_rows), torch.ones(1, 1, dtype=torch.float64)
+        networks.mlp(6, 1),
+        likelihoods.Gaussian(noise_std=0.1),
+        prior,
+        data(num_rows),
+        torch.ones(1, 1, dtype=torch.float64),
     )
     settings = {
         "num_chains": NUM_CHAINS,

@@ -203,8 +203,9 @@ def apply_network(network: nn.Module, parameters: Parameters, X: Tensor) -> Tens
 
     By vmap for any module; a module that has ``forward_members`` does it itself.
     """
-    if hasattr(network, "forward_members"):
-        return network.forward_members(parameters, X)
+    batched: Callable[[Parameters, Tensor], Tensor] | None = getattr(network, "forward_members", None)
+    if batched is not None:
+        return batched(parameters, X)
 
     def member(own: Parameters) -> Tensor:
         return functional_call(network, own, (X,))

@@ -55,7 +55,7 @@ class NNGP(Model):
             raise TypeError(f"likelihood must be likelihoods.Gaussian for exact inference, found {self.likelihood!r}")
         NNGPKernel(depth=depth, activation=activation)  # raises the errors above
         self.depth, self.activation, self.optimise = depth, activation, optimise
-        self._gp: SingleTaskGP
+        self._gp: Any
 
     def _build(self, data: Data, fixed: dict[str, Tensor]) -> SingleTaskGP:
         num_outputs = data.Y.shape[-1]
@@ -103,9 +103,9 @@ class NNGP(Model):
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
         """Exact conditioning on more observations, with the hyperparameters kept."""
-        scaled = self._scaled(X)
+        scaled, standardised = self._observed(X, Y)
         conditioned = self._copy()
-        standardised = self._outcomes.standardise(Y.to(scaled))
+        conditioned._conditioned = True
         noise = (2 * self._fixed["log_noise_std"]).exp().expand_as(standardised) if self._fixed else None
         with _exact():
             self._gp.posterior(scaled[..., :1, :])  # GPyTorch conditions from its prediction caches

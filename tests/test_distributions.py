@@ -104,3 +104,17 @@ def test_affine():
         torch.testing.assert_close(moved.mean, loc + scale * own.mean)
         torch.testing.assert_close(moved.variance, scale**2 * own.variance)
         torch.testing.assert_close(cdf(moved, value), cdf(own, (value - loc) / scale))
+
+
+@pytest.mark.parametrize("name", ["normal", "student-t", "bernoulli", "histogram", "categorical"])
+def test_values_with_shared_random_numbers_do_not_depend_on_their_place(name):
+    if name == "histogram":
+        single, batched = Histogram(BORDERS, LOGITS), Histogram(BORDERS, LOGITS.expand(3, 2, 5))
+    elif name == "categorical":
+        single, batched = Categorical(logits=LOGITS), Categorical(logits=LOGITS.expand(3, 2, 5))
+    else:
+        single = distributions()[name][0]
+        batched = single.expand((3, 2))
+    one = sample(single, torch.Size([4]), torch.Generator().manual_seed(0))
+    many = sample(batched, torch.Size([4]), torch.Generator().manual_seed(0), num_shared=1)
+    assert many.shape == (4, 3, 2) and torch.equal(many, one.unsqueeze(1).expand(4, 3, 2))

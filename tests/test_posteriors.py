@@ -4,6 +4,7 @@ import pytest
 import torch
 from botorch.acquisition import LinearMCObjective, ScalarizedPosteriorTransform, qLogExpectedImprovement
 from botorch.models import SingleTaskGP
+from botorch.posteriors import PosteriorList
 from botorch.sampling import SobolQMCNormalSampler
 from botorch.sampling.get_sampler import get_sampler
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
@@ -493,3 +494,24 @@ def test_drawn_functions_have_the_joint_law_over_calls(kind):
     centred = draws - exact.mean
     products = centred.mT.unsqueeze(-1) * centred.mT.unsqueeze(-2)
     assert z_score(products, gaussian_view(exact).output_covariance.to_dense()).abs().max() < 4
+
+
+def test_draws_beside_other_posteriors_get_as_many_samples_and_an_order_of_their_own():
+    values = randn(64, 3, 1)
+    gaussian = kinds()["gaussian, one output"]
+    # The same draws twice: paired one by one, their product would have a mean of one.
+    standardised = (values - values.mean(0)) / values.std(0, correction=0)
+    both = PosteriorList(FunctionDraws(standardised), FunctionDraws(standardised))
+    samples = get_sampler(both, torch.Size([512]), seed=1)(both)
+    assert samples.shape == (64, 3, 2)
+    torch.testing.assert_close(samples.sort(0).values, standardised.expand(64, 3, 2).sort(0).values)  # exact
+    assert (samples.prod(-1).mean(0).abs() < 4 / 8).all()
+    for posterior, count in (
+        (PosteriorList(FunctionDraws(values), gaussian), 448),
+        (PosteriorList(FunctionDraws(values), FunctionDraws(values[:50])), 500),
+        (PosteriorList(FunctionDraws(values), FunctionDraws(values, randn(64))), 448),
+        (PosteriorList(gaussian, gaussian), 500),
+    ):
+        samples = get_sampler(posterior, torch.Size([500]), seed=1)(posterior)
+        assert samples.shape == (count, 3, 2)
+        assert (((samples.mean(0) - posterior.mean) / posterior.variance.sqrt()).abs() < 4 / math.sqrt(count)).all()

@@ -58,7 +58,7 @@ class _Members(torch.autograd.Function):
     """Many perceptrons as batched matrix products, rows last: hidden values are (S, width, q)."""
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, activation: str, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, X: Tensor, activation: str, *tensors: Tensor) -> Tensor:
         weights, biases = tensors[::2], tensors[1::2]
         num_members, q = weights[0].shape[0], X.shape[0]
         # All members see the same rows, so that their first layers are one product.
@@ -76,7 +76,7 @@ class _Members(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         count = ctx.num_hidden
         X, *saved = ctx.saved_tensors
         weights, after, before = saved[: count + 1], saved[count + 1 : 2 * count + 1], saved[2 * count + 1 :]

@@ -54,7 +54,7 @@ class Copula(SharedNormalPosterior):
         if isinstance(self.marginals, Normal):
             marginals: Distribution = Normal(self.marginals.loc[..., indices], self.marginals.scale[..., indices])
         else:
-            own = self.marginals
+            own: Any = self.marginals
             borders = own.borders if own.borders.dim() == 1 else own.borders[..., indices, :]
             tails = own.tail_scale if own.tail_scale.dim() == 1 else own.tail_scale[..., indices, :]
             marginals = Histogram(borders, own.logits[..., indices, :], tails, validate_args=False)

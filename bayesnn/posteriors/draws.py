@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from botorch.posteriors import Posterior
+from botorch.posteriors import Posterior, PosteriorList
 from botorch.sampling.base import MCSampler
 from botorch.sampling.get_sampler import GetSampler
-from botorch.sampling.normal import SobolQMCNormalSampler
+from botorch.sampling.list_sampler import ListSampler
+from botorch.sampling.normal import IIDNormalSampler, SobolQMCNormalSampler
 from torch import Tensor
 
 
@@ -124,17 +125,20 @@ class FunctionDraws(Posterior):
 class FunctionSampler(MCSampler):
     """One stratified uniform per draw, shared by the whole t-batch and never redrawn."""
 
-    def forward(self, posterior: FunctionDraws) -> Tensor:
+    base_samples: Tensor | None
+
+    def forward(self, posterior: FunctionDraws) -> Tensor:  # type: ignore[override]
         """Draws of shape (*sample_shape, *batch, q, m)."""
         if self.base_samples is None:
             count = self.sample_shape.numel()
             generator = torch.Generator().manual_seed(self.seed)
             strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator).double()
             self.register_buffer("base_samples", (strata / count).reshape(self.sample_shape))
+        assert self.base_samples is not None
         return posterior.rsample_from_base_samples(self.sample_shape, self.base_samples)
 
     def _update_base_samples(self, posterior: Posterior, base_sampler: MCSampler) -> None:
-        self.base_samples = base_sampler.base_samples
+        self.base_samples = base_sampler.base_samples  # type: ignore[assignment]
 
 
 @GetSampler.register(FunctionDraws)
@@ -146,6 +150,31 @@ def _function_sampler(
     if posterior.log_weights is None:
         count = min(count, posterior.num_draws)
     return FunctionSampler(sample_shape=torch.Size([count]), seed=0 if seed is None else seed)
+
+
+_botorch_list_sampler = GetSampler.dispatch(PosteriorList)
+
+
+@GetSampler.register(PosteriorList)
+def _list_sampler(posterior: PosteriorList, sample_shape: torch.Size, *, seed: int | None = None) -> MCSampler:
+    """For models side by side, some of them made of draws: BoTorch wants as many samples of each.
+
+    Each gets an order of its own: draws of two models fitted with one seed resemble each other one by one, and must not
+    be paired like that. A list without draws gets BoTorch's own sampler.
+    """
+    draws = [own for own in posterior.posteriors if isinstance(own, FunctionDraws)]
+    if not draws:
+        return _botorch_list_sampler(posterior, sample_shape=sample_shape, seed=seed)
+    count, sizes = sample_shape.numel(), {own.num_draws for own in draws if own.log_weights is None}
+    if len(sizes) == 1:  # each draw equally often
+        size = min(sizes)
+        all_draws = all(isinstance(own, FunctionDraws) and own.log_weights is None for own in posterior.posteriors)
+        count = min(count, size) if all_draws else max(1, count // size) * size
+    samplers: list[MCSampler] = []
+    for index, own in enumerate(posterior.posteriors):
+        kind = FunctionSampler if isinstance(own, FunctionDraws) else IIDNormalSampler
+        samplers.append(kind(sample_shape=torch.Size([count]), seed=(0 if seed is None else seed) + index))
+    return ListSampler(*samplers)
 
 
 def function_draws(posterior: Posterior, num_draws: int, seed: int = 0) -> FunctionDraws:

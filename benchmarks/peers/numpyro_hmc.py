@@ -20,6 +20,7 @@ Y = np.sin(X[:, :1]) + 0.5 * X[:, 1:2] * X[:, 2:3] + 0.1 * rng.standard_normal((
 
 
 def model(X, Y):
+    """The same target as ours."""
     hidden = X
     for index, (fan_in, fan_out) in enumerate([(6, 50), (50, 50), (50, 1)]):
         weight = numpyro.sample(f"w{index}", dist.Normal(0, 1).expand([fan_in, fan_out]).to_event(2))
@@ -44,6 +45,8 @@ state = kernel.init(keys, 0, None, model_args=(X, Y), model_kwargs={})
 
 @jax.jit
 def draws(state):
+    """All steps of one run, compiled."""
+
     def step(state, _):
         state = kernel.sample(state, (X, Y), {})
         return state, (state.z, state.num_steps)
@@ -52,6 +55,7 @@ def draws(state):
 
 
 def run():
+    """One run, going on from the last; the numbers of leapfrog steps."""
     global state
     state, (_, num_steps) = jax.block_until_ready(draws(state))
     return num_steps

@@ -57,6 +57,8 @@ class AmortizedModel(Model):
         if isinstance(network, str):
             network, card = load_pretrained(f"{self.prefix}-{network}")
             max_context = card["max_context"] if max_context is None else max_context
+        self.network: Any
+        self._own: Any
         self.network, self.max_context = network, max_context
         self._context: Context
 
@@ -67,7 +69,7 @@ class AmortizedModel(Model):
         Raises:
             ValueError: if there is none of this name.
         """
-        return cls(name)  # type: ignore[call-arg, arg-type]
+        return cls(name)  # type: ignore[call-arg]
 
     def meta_fit(
         self,
@@ -142,7 +144,10 @@ class AmortizedModel(Model):
             share = (f.variance / y.variance).clamp_max(1).sqrt().mT
             diluted = correlation * share.unsqueeze(-1) * share.unsqueeze(-2)
             return Copula(y, correlation_root(diluted + torch.diag_embed(1 - share.square())))
-        return Copula(f, correlation_root(correlation))
+        root = correlation_root(correlation)
+        # A point that comes again is the same function value, to the last bit.
+        first = _same_points(X).to(torch.int8).argmax(-1).unsqueeze(-1)
+        return Copula(f, root.gather(-2, first.expand(root.shape)))
 
     def _predictive(self, X: Tensor) -> Predictive:
         f, y = self._marginals(self._context, X)
@@ -150,13 +155,13 @@ class AmortizedModel(Model):
         return Predictive(_with_draw_dimension(y), function_var=function_var)
 
     def _correlation(self, X: Tensor, f: Distribution, y: Distribution) -> Tensor:
-        r"""Correlations of f between the points of each t-batch element, lower triangle, (*batch, m, q, q).
+        r"""Correlations of f between the points of each t-batch element, (*batch, m, q, q).
 
         :math:`\mathrm{Cov}(f_i, f_j) = \sigma_{y_i} (E[f_j \mid y_i = \mu_i + \sigma_{y_i}] - E[f_j])` for jointly
-        Gaussian values. Points with the same inputs are the same point.
+        Gaussian values. A network needn't agree with itself on i and j exchanged; the mean of both is taken, so that the
+        order of points doesn't matter. Points with the same inputs are the same point.
         """
         q = X.shape[-2]
-        same = (X.unsqueeze(-2) == X.unsqueeze(-3)).all(-1).unsqueeze(-3)  # (*batch, 1, q, q)
         if q == 1:
             return f.mean.new_ones(f.mean.mT.unsqueeze(-1).shape)
         num_shared = _num_shared_rows(X) if self._context.X.dim() == 2 else 0
@@ -173,7 +178,8 @@ class AmortizedModel(Model):
             covariance = shift * own_std.mT.unsqueeze(-1)
             correlation = covariance / (scale[..., rows].unsqueeze(-1) * scale.unsqueeze(-2))
             columns.append(correlation.clamp(-1, 1).mT)
-        return torch.where(same, torch.ones_like(columns[0][..., :1]), torch.cat(columns, -1))
+        correlation = torch.cat(columns, -1)
+        return torch.where(_same_points(X), torch.ones_like(columns[0][..., :1]), 0.5 * (correlation + correlation.mT))
 
     def _conditional_mean(self, X: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         """E[f(X) | D and y = values at one of the rows], for each row: (*batch, m, rows, q)."""
@@ -196,13 +202,13 @@ class AmortizedModel(Model):
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
         """The model with more rows in its context: X (*batch, q, d), Y (*fantasies, *batch, q, m). Needs no training."""
-        scaled, old = self._scaled(X), self._context
-        standardised = self._outcomes.standardise(Y.to(scaled)).mT.unsqueeze(-1)  # (*fantasies, *batch, m, q, 1)
+        scaled, observed = self._observed(X, Y)
+        standardised, old = observed.mT.unsqueeze(-1), self._context  # (*fantasies, *batch, m, q, 1)
         batch = standardised.shape[:-3]
         rows = torch.cat([old.X.expand(*batch, *old.X.shape[-2:]), scaled.expand(*batch, *scaled.shape[-2:])], -2)
         outcomes = torch.cat([old.Y.expand(*batch, *old.Y.shape[-3:]), standardised], -2)
         conditioned = self._copy()
-        conditioned._context = self._encode(rows, outcomes)
+        conditioned._context, conditioned._conditioned = self._encode(rows, outcomes), True
         return conditioned
 
     def _saved_arguments(self) -> dict[str, Any]:
@@ -215,6 +221,11 @@ class AmortizedModel(Model):
         self.network.load_state_dict(tensors)
         assert self._data is not None
         self._set_context(self._data)
+
+
+def _same_points(X: Tensor) -> Tensor:
+    """Which points have the same inputs, (*batch, 1, q, q)."""
+    return (X.unsqueeze(-2) == X.unsqueeze(-3)).all(-1).unsqueeze(-3)
 
 
 def _num_shared_rows(X: Tensor) -> int:

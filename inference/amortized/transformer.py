@@ -89,7 +89,7 @@ class SetTransformer(Configured, nn.Module):
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2 * self.num_buckets))
         generator = torch.Generator().manual_seed(seed)
         _initialise(self, generator)
-        for layer in self.layers:
+        for layer in self._blocks:
             layer.start_as_identity()
 
     def forward(
@@ -127,11 +127,11 @@ class SetTransformer(Configured, nn.Module):
         tokens = self._embed(context_X, features) + self.embed_y(context_y) + summary
         tokens = tokens.reshape(math.prod(batch), n, tokens.shape[-1])
         keys, values = [], []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._blocks):
             key, value = layer.keys_and_values(tokens)
             keys.append(key.reshape(*batch, *key.shape[1:]))
             values.append(value.reshape(*batch, *value.shape[1:]))
-            if index + 1 < len(self.layers):
+            if index + 1 < len(self._blocks):
                 tokens = layer(tokens, key, value)
         return ContextCache(tuple(keys), tuple(values), summary, num_features)
 
@@ -152,11 +152,15 @@ class SetTransformer(Configured, nn.Module):
         rows = X.expand(*shape, q, d).reshape(num_extra, num_batch, q, d).movedim(0, 1).reshape(num_batch, -1, d)
         features = cache.num_features.to(X).reshape(num_batch)
         tokens = self._embed(rows, features) + self.query_token + cache.summary.reshape(num_batch, 1, -1)
-        for layer, key, value in zip(self.layers, cache.keys, cache.values, strict=True):
+        for layer, key, value in zip(self._blocks, cache.keys, cache.values, strict=True):
             tokens = layer(tokens, key.reshape(num_batch, *key.shape[-3:]), value.reshape(num_batch, *value.shape[-3:]))
         logits = self.head(self.norm(tokens))
         logits = logits.reshape(num_batch, num_extra, q, 2, self.num_buckets).movedim(1, 0)
         return logits.reshape(*shape, q, 2, self.num_buckets)
+
+    @property
+    def _blocks(self) -> list[_Layer]:
+        return [layer for layer in self.layers if isinstance(layer, _Layer)]
 
     def _embed(self, X: Tensor, num_features: Tensor) -> Tensor:
         scaled = X * (self.max_features / num_features).sqrt()[..., None, None]
@@ -178,6 +182,7 @@ class _Layer(nn.Module):
 
     def start_as_identity(self) -> None:
         for linear in (self.merge, self.mlp[-1]):
+            assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ class DualAveraging(NamedTuple):
     log_average: Tensor
     error: Tensor
     centre: Tensor
-    count: Tensor
+    num_updates: Tensor
 
     @classmethod
     def start(cls, step_size: Tensor) -> DualAveraging:
@@ -25,7 +25,7 @@ class DualAveraging(NamedTuple):
 
     def update(self, acceptance: Tensor, target: float) -> DualAveraging:
         """One step of Nesterov's dual averaging (Hoffman and Gelman 2014, eq. 6; gamma 0.05, t0 10, kappa 0.75)."""
-        count = self.count + 1
+        count = self.num_updates + 1
         weight = 1 / (count + 10)
         error = (1 - weight) * self.error + weight * (target - acceptance)
         log_step_size = self.centre - count.sqrt() / 0.05 * error
@@ -35,11 +35,11 @@ class DualAveraging(NamedTuple):
 
 
 class Welford(NamedTuple):
-    """Running mean and sum of squared deviations of each chain's positions, (C, P); ``count`` is a scalar."""
+    """Running mean and sum of squared deviations of each chain's positions, (C, P); ``num_updates`` is a scalar."""
 
     mean: Tensor
     squares: Tensor
-    count: Tensor
+    num_updates: Tensor
 
     @classmethod
     def start(cls, position: Tensor) -> Welford:
@@ -48,15 +48,15 @@ class Welford(NamedTuple):
 
     def update(self, position: Tensor) -> Welford:
         """Take in one position of every chain."""
-        count = self.count + 1
+        count = self.num_updates + 1
         delta = position - self.mean
         mean = self.mean + delta / count
         return Welford(mean, self.squares + delta * (position - mean), count)
 
     def variance(self) -> Tensor:
         """Variance within chains, pooled over them and shrunk towards 1e-3 as Stan does, (1, P)."""
-        pooled = self.squares.mean(0, keepdim=True) / (self.count - 1).clamp_min(1)
-        share = self.count / (self.count + 5)
+        pooled = self.squares.mean(0, keepdim=True) / (self.num_updates - 1).clamp_min(1)
+        share = self.num_updates / (self.num_updates + 5)
         return share * pooled + (1 - share) * 1e-3
 
 

@@ -40,7 +40,7 @@ class HMCState(NamedTuple):
     inverse_mass: Tensor
     step_size: DualAveraging
     variance: Welford
-    index: Tensor
+    num_steps_done: Tensor
 
 
 class HMCInfo(NamedTuple):
@@ -110,7 +110,7 @@ class HMC(Configured):
 
     def step(self, target: Target, state: HMCState, generator: torch.Generator) -> tuple[HMCState, HMCInfo]:
         """One trajectory of every chain, and while warming up one step of adaptation."""
-        index = int(state.index)
+        index = int(state.num_steps_done)
         adapting = index < self.num_warmup
         log_step_size = state.step_size.log_step_size if adapting else state.step_size.log_average
         step_size = log_step_size.exp() if self.num_warmup else torch.full_like(log_step_size, self.initial_step_size)
@@ -137,7 +137,7 @@ class HMC(Configured):
             position=choose(position, state.position),
             log_density=choose(log_density, state.log_density),
             gradient=choose(gradient, state.gradient),
-            index=state.index + 1,
+            num_steps_done=state.num_steps_done + 1,
         )
         return (self._adapt(state, acceptance, index) if adapting else state), info
 

@@ -213,6 +213,7 @@ def _noisy_outputs(
     parameters = {layer: {name: names[id(own)] for name, own in layer.named_parameters()} for layer in layers}
 
     def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        assert isinstance(module, nn.Linear)
         variances = {name: (2 * log_stds[own]).exp() for name, own in parameters[module].items()}
         variance = F.linear(inputs[0].square(), variances["weight"], variances.get("bias"))
         # All-zero inputs without a bias have no variance, and the root no derivative there.
