@@ -76,7 +76,8 @@ class BNN(Model):
         network = self.network
         if not isinstance(network, nn.Module):
             builder: NetworkBuilder = mlp if network is None else network
-            with torch.random.fork_rng(devices=[]):  # torch's initial weights, which aren't used, come from global state
+            # Initial weights, which aren't used, are drawn from torch's global generator.
+            with torch.random.fork_rng(devices=[]):
                 network = builder(data.X.shape[-1], self.likelihood.latent_size(data.Y.shape[-1]))
         return NetworkTarget(network, self.likelihood, self.prior, data, outcome_scale, self.temperature)
 
