@@ -1,0 +1,620 @@
+"""What every registered model promises, whatever its family. A new model is tested by being registered."""
+
+import copy
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from botorch.acquisition import (
+    LinearMCObjective,
+    ScalarizedPosteriorTransform,
+    qKnowledgeGradient,
+    qLogExpectedImprovement,
+    qLogNoisyExpectedImprovement,
+    qNoisyExpectedImprovement,
+    qUpperConfidenceBound,
+)
+from botorch.acquisition.multi_objective import qNoisyExpectedHypervolumeImprovement
+from botorch.models import ModelList, SingleTaskGP
+from botorch.optim import optimize_acqf
+from botorch.sampling.get_sampler import get_sampler
+from botorch.sampling.normal import SobolQMCNormalSampler
+
+import bayesnn
+from bayesnn import BayesnnWarning, NotFittedError, networks
+from bayesnn.inference import HMC, DeepEnsemble, MeanField
+from bayesnn.posteriors import FunctionDraws, function_draws
+
+NAMES = bayesnn.surrogates()
+# Enough to be a model, little enough to be quick. A name without an entry is built without options.
+SMALL = {"network": lambda d, p: networks.mlp(d, p, hidden=(16,))}
+OPTIONS = {
+    "hmc": SMALL | {"method": HMC(num_chains=2, num_warmup=60, num_draws=32, num_leapfrog=8)},
+    "mean-field": SMALL | {"method": MeanField(num_steps=200, num_draws=48)},
+    "ensemble": SMALL | {"method": DeepEnsemble(num_members=6, num_steps=100)},
+}
+SPREAD = 10.0  # of the outcomes, in the user's units
+
+each_model = pytest.mark.parametrize("name", NAMES, ids=[f"<{name}>" for name in NAMES])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
+
+
+def unfitted(name):
+    return bayesnn.surrogate(name, **OPTIONS.get(name, {}))
+
+
+def data(num_outputs=1, dtype=torch.float64, num_rows=14):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.rand(num_rows, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 30.0]) - 5.0
+    U = X + 5.0
+    first = (4 * U[:, :1]).sin() + U[:, 1:] / 30
+    noise = 0.1 * torch.randn(num_rows, 2, generator=generator, dtype=torch.float64)
+    Y = 50 + SPREAD * (torch.cat([first, (0.1 * U[:, 1:]).cos() - U[:, :1]], 1) + noise)
+    return X.to(dtype), Y[:, :num_outputs].to(dtype)
+
+
+@functools.cache
+def fitted(name, num_outputs=1, dtype=torch.float64, seed=0):
+    """One fit for all checks, which must leave it as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayesnnWarning)
+        return unfitted(name).fit(*data(num_outputs, dtype), seed=seed)
+
+
+def new_points(*shape, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 30.0]) - 5.0).to(dtype)
+
+
+def is_exact(name):
+    """Whether its posterior is made of draws: otherwise two equal points differ by a Cholesky factor's jitter."""
+    return isinstance(fitted(name).posterior(new_points(2)), FunctionDraws)
+
+
+def samples(model, X, count=64, **options):
+    posterior = model.posterior(X, **options)
+    return get_sampler(posterior, torch.Size([count]), seed=3)(posterior).detach()
+
+
+def close(found, expected, rtol=1e-8, atol=1e-6 * SPREAD):
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+# The posterior -----------------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_shapes(name):
+    model = fitted(name)
+    for shape in ((1,), (3,), (4, 1), (4, 3), (2, 4, 3)):
+        posterior = model.posterior(new_points(*shape))
+        assert posterior.mean.shape == posterior.variance.shape == (*shape, 1)
+        assert posterior.rsample(torch.Size([5])).shape == (5, *shape, 1)
+        assert (posterior.variance >= 0).all() and torch.isfinite(posterior.mean).all()
+        p = model.predict(new_points(*shape))
+        assert p.mean.shape == p.variance.shape == p.quantile(0.3).shape == (*shape, 1)
+        assert p.log_prob(p.mean).shape == shape
+    assert model.num_outputs == 1 and model.batch_shape == torch.Size([])
+    close(model.train_inputs[0], data()[0])
+    close(model.train_targets, data()[1])
+
+
+@each_model
+def test_draws_do_not_depend_on_place_or_batch(name):
+    model, point = fitted(name), new_points(1)
+    alone = samples(model, point)
+    for batch, place in (
+        (torch.cat([point, new_points(5, seed=2)]), 0),
+        (torch.cat([new_points(5, seed=2), point]), 5),
+    ):
+        X = batch.unsqueeze(1)  # (6, 1, d): six t-batch elements
+        close(samples(model, X)[:, place], alone)
+    several = new_points(4, 3)
+    noisy = samples(model, several.repeat(3, 1, 1), observation_noise=True)
+    close(noisy[:, :4], noisy[:, 8:])
+
+
+@each_model
+def test_acquisition_does_not_depend_on_place_or_batch(name):
+    acquisition = qLogNoisyExpectedImprovement(fitted(name), data()[0], prune_baseline=False)
+    X = new_points(6, 2)
+    together = acquisition(X)
+    close(acquisition(X.flip(0)).flip(0), together, rtol=1e-6)
+    close(torch.cat([acquisition(x) for x in X]), together, rtol=1e-6)
+    close(acquisition(X.repeat(2, 1, 1))[6:], together, rtol=1e-6)
+
+
+@each_model
+def test_draws_are_functions(name):
+    model, X = fitted(name), new_points(3)
+    repeated = torch.cat([X, X])
+    values = samples(model, repeated)
+    tolerance = 0.0 if is_exact(name) else 5e-3 * SPREAD
+    assert (values[:, 3:] - values[:, :3]).abs().max() <= tolerance
+    # The marginals of a joint posterior are the posteriors at single points.
+    joint = model.posterior(X)
+    close(joint.mean, model.posterior(X.unsqueeze(1)).mean.squeeze(1))
+    close(joint.variance, model.posterior(X.unsqueeze(1)).variance.squeeze(1), rtol=1e-6)
+    # Samples have those moments.
+    values = samples(model, X, 4096)
+    error = (joint.variance / len(values)).sqrt()
+    assert ((values.mean(0) - joint.mean).abs() <= 4 * error + 1e-9).all()
+    ratio = values.var(0, correction=0) / joint.variance
+    assert ((ratio > 0.85) & (ratio < 1.15)).all()
+
+
+@each_model
+def test_drawn_functions_stay_the_same(name):
+    model, A, B = fitted(name), new_points(3), new_points(2, 2, seed=2)
+    functions = model.draw_functions(7, seed=1)
+    first, second = functions(A), functions(B)
+    assert first.shape == (7, 3, 1) and second.shape == (7, 2, 2, 1)
+    tolerance = 1e-6 if is_exact(name) else 1e-2
+    both = functions(torch.cat([A, B.reshape(4, 2)]))
+    close(both, torch.cat([first, second.reshape(7, 4, 1)], 1), rtol=0, atol=tolerance * SPREAD)
+    close(model.draw_functions(7, seed=1)(A), first)
+    assert not torch.equal(model.draw_functions(7, seed=2)(A), first)
+    drawn = model.draw_functions(2000)(A)
+    posterior = model.posterior(A)
+    assert ((drawn.mean(0) - posterior.mean).abs() < 4 * (posterior.variance / 2000).sqrt() + 1e-9).all()
+
+
+@each_model
+def test_observation_noise_widens_the_posterior(name):
+    model, X = fitted(name), new_points(4)
+    plain, noisy = model.posterior(X), model.posterior(X, observation_noise=True)
+    # Of finitely many draws with noise of their own, the variance is a sum up to their correlation.
+    slack = 0.75 if is_exact(name) else 1.0 - 1e-9
+    assert (noisy.variance > slack * plain.variance).all() and noisy.variance.sum() > plain.variance.sum()
+    for given in (torch.tensor(4.0), torch.full((4, 1), 4.0), torch.full((1, 1), 4.0).double()):
+        widened = model.posterior(X, observation_noise=given).variance
+        expected = plain.variance + 4.0
+        assert ((widened > 0.5 * expected) & (widened < 1.6 * expected)).all()
+
+
+@each_model
+def test_prediction_agrees_with_the_posterior(name):
+    model, X = fitted(name), new_points(20)
+    posterior, p = model.posterior(X), model.predict(X)
+    # Exactly for a likelihood with E[y] = f; a network with two heads may see them a little apart.
+    assert ((p.mean - posterior.mean).abs() <= 0.1 * p.stddev).all()
+    close(p.variance, p.aleatoric + p.epistemic)
+    assert (p.aleatoric > 0).all() and (p.epistemic >= 0).all()
+    assert (p.variance >= 0.99 * p.epistemic).all()
+    ratio = p.epistemic / posterior.variance
+    assert ((ratio > 0.9) & (ratio < 1.1)).all()
+    low, high = p.interval(0.9)
+    assert (low < high).all()
+    close(p.cdf(low), torch.full_like(low, 0.05), atol=1e-4)
+
+
+# Acquisition ------------------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_no_improvement_is_expected_at_known_points(name):
+    model, X = fitted(name), data()[0]
+    values = qNoisyExpectedImprovement(model, X, prune_baseline=False)(X.unsqueeze(1))
+    assert values.max() <= (1e-9 if is_exact(name) else 1e-3 * SPREAD), values.max()
+    log_values = qLogNoisyExpectedImprovement(model, X, prune_baseline=False)(X.unsqueeze(1))
+    assert log_values.exp().max() <= 2e-3 * SPREAD
+    # Elsewhere some is.
+    candidates = qNoisyExpectedImprovement(model, X, prune_baseline=False)(new_points(40, 1))
+    assert candidates.max() > 10 * values.max() and candidates.max() > 1e-3 * SPREAD
+
+
+@functools.cache
+def two_models(name):
+    X, Y = data(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayesnnWarning)
+        return ModelList(fitted(name), unfitted(name).fit(X, Y[:, 1:], seed=1))
+
+
+def hypervolume(model, X, **options):
+    reference = data(2)[1].amin(0) - 1.0
+    return qNoisyExpectedHypervolumeImprovement(
+        model, reference.tolist(), X, prune_baseline=False, sampler=None, **options
+    )  # fmt: skip
+
+
+@each_model
+@pytest.mark.parametrize("joined", ["list", "outputs"])
+def test_no_hypervolume_improvement_is_expected_at_known_points(name, joined):
+    model, X = (two_models(name) if joined == "list" else fitted(name, 2)), data()[0][:6]
+    acquisition = hypervolume(model, X)
+    with torch.no_grad():
+        known, elsewhere = acquisition(X.unsqueeze(1)), acquisition(new_points(20, 1))
+    assert known.max() <= (1e-6 if is_exact(name) else 2e-3 * SPREAD**2), known.max()
+    assert elsewhere.max() > 10 * known.max() and elsewhere.max() > 1e-3 * SPREAD**2
+
+
+@each_model
+def test_pending_points_have_no_value(name):
+    model, X, pending = fitted(name), data()[0], new_points(3, seed=5)
+    acquisition = qLogNoisyExpectedImprovement(model, X, prune_baseline=False, X_pending=pending)
+    with torch.no_grad():
+        known, elsewhere = acquisition(pending.unsqueeze(1)).exp(), acquisition(new_points(20, 1)).exp()
+    assert known.max() <= 2e-3 * SPREAD and elsewhere.max() > known.max()
+    if is_exact(name):  # others' samples depend on the order of points, which the pending ones end here
+        # The joint improvement of a candidate and the pending points: at one of those, no more than anywhere.
+        acquisition = qNoisyExpectedImprovement(model, X, prune_baseline=False, X_pending=pending)
+        values = acquisition(torch.cat([pending, new_points(20)]).unsqueeze(1))
+        assert (values[:3] - values.min()).max() <= 1e-9
+    acquisition = hypervolume(two_models(name), X[:6], X_pending=pending)
+    with torch.no_grad():
+        assert acquisition(pending.unsqueeze(1)).max() <= (1e-6 if is_exact(name) else 2e-3 * SPREAD**2)
+
+
+@each_model
+def test_gradients_equal_finite_differences(name):
+    model, X = fitted(name), data()[0]
+    best = data()[1].max().item()
+    step = 1e-5 * torch.tensor([1.0, 30.0]).double()
+    for acquisition in (
+        qLogExpectedImprovement(model, best - 0.5 * SPREAD),
+        qLogNoisyExpectedImprovement(model, X, prune_baseline=False),
+        qUpperConfidenceBound(model, beta=2.0),
+    ):
+        point = new_points(2, 2, seed=7).requires_grad_()
+        (gradient,) = torch.autograd.grad(acquisition(point).sum(), point)
+        assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+        for place in ((0, 0, 0), (0, 1, 1), (1, 0, 1)):
+            moved = torch.zeros_like(gradient)
+            moved[place] = step[place[-1]]
+            with torch.no_grad():
+                difference = (acquisition(point + moved) - acquisition(point - moved)).sum() / (2 * step[place[-1]])
+            close(gradient[place], difference, rtol=2e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+@each_model
+def test_optimisation_of_an_acquisition_function_returns_what_it_evaluates(name):
+    bounds = torch.tensor([[-5.0, -5.0], [-4.0, 25.0]]).double()
+    acquisition = qLogNoisyExpectedImprovement(fitted(name), data()[0], prune_baseline=True)
+    candidates, value = optimize_acqf(
+        acquisition, bounds, q=1, num_restarts=2, raw_samples=16, options={"maxiter": 10, "seed": 0}
+    )
+    assert ((candidates >= bounds[0]) & (candidates <= bounds[1])).all()
+    close(acquisition(candidates), value.reshape(1), rtol=1e-6)
+    raw = acquisition(new_points(16, 1))
+    assert value >= raw.max() - 0.5
+
+
+@each_model
+def test_posterior_transforms(name):
+    X, weights = new_points(4, 3), torch.tensor([0.3, -0.8]).double()
+    model = fitted(name, 2)
+    transform = ScalarizedPosteriorTransform(weights, offset=2.0)
+    transformed, plain = model.posterior(X, posterior_transform=transform), model.posterior(X)
+    assert transformed.mean.shape == transformed.variance.shape == (4, 3, 1)
+    tolerance = 1e-8 if is_exact(name) else 0.05
+    close(transformed.mean[..., 0], plain.mean @ weights + 2.0, rtol=0, atol=tolerance * SPREAD)
+    # As an objective of the samples or as a transform of the posterior: the same acquisition.
+    scalarised = qLogExpectedImprovement(model, best_f=20.0, posterior_transform=transform)(X)
+    linear = qLogExpectedImprovement(model, best_f=18.0, objective=LinearMCObjective(weights))(X)
+    close(scalarised, linear, rtol=1e-8 if is_exact(name) else 0.05, atol=0.05 if not is_exact(name) else 1e-6)
+
+
+# Outputs -----------------------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_several_outputs(name):
+    model, X = fitted(name, 2), new_points(4, 3)
+    posterior, p = model.posterior(X), model.predict(X)
+    assert model.num_outputs == 2 and posterior.mean.shape == p.mean.shape == (4, 3, 2)
+    assert p.log_prob(p.mean).shape == (4, 3)
+    assert posterior.rsample(torch.Size([5])).shape == (5, 4, 3, 2)
+    assert model.draw_functions(5)(X).shape == (5, 4, 3, 2)
+
+
+@each_model
+def test_some_outputs(name):
+    model, X = fitted(name, 2), new_points(4, 3)
+    whole = model.posterior(X)
+    for indices in ([0], [1], [1, 0]):
+        part = model.posterior(X, output_indices=indices)
+        subset = model.subset_output(indices)
+        assert subset.num_outputs == len(indices)
+        for posterior in (part, subset.posterior(X)):
+            close(posterior.mean, whole.mean[..., indices])
+            close(posterior.variance, whole.variance[..., indices], rtol=1e-6)
+    assert model.num_outputs == 2
+    close(model.subset_output([1, 0]).subset_output([0]).posterior(X).mean, whole.mean[..., [1]])
+    for wrong in ([2], [-1]):
+        with pytest.raises(ValueError, match=r"must lie in 0 … 1"):
+            model.subset_output(wrong)
+        with pytest.raises(ValueError, match=r"must lie in 0 … 1"):
+            model.posterior(X, output_indices=wrong)
+
+
+@each_model
+def test_beside_a_gaussian_process(name):
+    X, Y = data(2)
+    gp = SingleTaskGP(X, Y[:, 1:])
+    models = ModelList(fitted(name), gp.eval())
+    points = new_points(4, 3)
+    posterior = models.posterior(points)
+    assert posterior.mean.shape == (4, 3, 2) and posterior.rsample(torch.Size([5])).shape == (5, 4, 3, 2)
+    close(posterior.mean[..., :1], fitted(name).posterior(points).mean)
+    acquisition = hypervolume(models, X[:6])
+    with torch.no_grad():
+        known, elsewhere = acquisition(X[:6].unsqueeze(1)), acquisition(new_points(20, 1))
+    assert known.max() <= 5e-3 * SPREAD**2 and elsewhere.max() > 10 * known.max()
+
+
+# Fits, dtypes, files ----------------------------------------------------------------------------------------------
+
+
+def predictions(model, dtype=torch.float64):
+    X = new_points(5, dtype=dtype)
+    p, posterior = model.predict(X), model.posterior(X)
+    return [p.mean, p.variance, p.quantile(0.2), posterior.mean, posterior.variance, samples(model, X)]
+
+
+@each_model
+def test_same_seed_same_model_whatever_the_global_generators_do(name):
+    torch.manual_seed(7)
+    np.random.seed(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayesnnWarning)
+        same = unfitted(name).fit(*data(), seed=0)
+    for found, expected in zip(predictions(same), predictions(fitted(name)), strict=True):
+        assert torch.equal(found, expected)
+
+
+@each_model
+def test_answers_leave_the_global_generators_alone(name):
+    model, new = fitted(name), unfitted(name)
+    state = torch.random.get_rng_state()
+    predictions(model)
+    model.posterior(new_points(2), observation_noise=True)
+    model.draw_functions(2)(new_points(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayesnnWarning)
+        new.fit(*data(num_rows=4))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@each_model
+@each_dtype
+def test_dtype_in_dtype_out(name, dtype):
+    model = fitted(name, dtype=dtype)
+    for value in predictions(model, dtype):
+        assert value.dtype == dtype and torch.isfinite(value).all()
+    noisy = model.posterior(new_points(3, dtype=dtype), observation_noise=True)
+    assert noisy.mean.dtype == dtype and model.draw_functions(3)(new_points(3, dtype=dtype)).dtype == dtype
+    # Of another dtype at prediction: the model's counts.
+    assert model.predict(new_points(3).float()).mean.dtype == dtype
+    assert model.predict(new_points(3).numpy()).mean.dtype == dtype
+
+
+@each_model
+def test_single_and_double_precision_see_the_same_data(name):
+    single, double = (
+        fitted(name, dtype=torch.float32).predict(new_points(5).float()),
+        fitted(name).predict(new_points(5)),
+    )
+    difference = (single.mean.double() - double.mean).abs() / double.stddev
+    # A sampler's or an optimiser's path isn't the same in another precision; what it finds is.
+    assert difference.max() < (1.5 if name in OPTIONS else 0.05)
+
+
+@each_model
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_saved_and_loaded(name, num_outputs, tmp_path):
+    model = fitted(name, num_outputs)
+    model.save(tmp_path / "model")
+    for loaded in (bayesnn.Model.load(tmp_path / "model"), type(model).load(tmp_path / "model")):
+        assert type(loaded) is type(model)
+        for found, expected in zip(predictions(loaded), predictions(model), strict=True):
+            assert torch.equal(found, expected)
+    # The same file again: nothing got lost.
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "model").read_bytes()
+    if num_outputs == 2:
+        model.subset_output([1]).save(tmp_path / "part")
+        close(
+            bayesnn.Model.load(tmp_path / "part").posterior(new_points(3)).mean,
+            model.posterior(new_points(3)).mean[..., [1]],
+        )
+
+
+@each_model
+def test_copied(name):
+    model = fitted(name)
+    twin = copy.deepcopy(model)
+    before = predictions(model)
+    for found, expected in zip(predictions(twin), before, strict=True):
+        assert torch.equal(found, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayesnnWarning)
+        twin.fit(new_points(5), new_points(5)[:, :1])
+    for found, expected in zip(predictions(model), before, strict=True):
+        assert torch.equal(found, expected)
+
+
+@each_model
+def test_fitted_again(name):
+    """A second fit forgets the first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayesnnWarning)
+        model = unfitted(name).fit(new_points(5), new_points(5)[:, :1])
+        model.fit(*data(), seed=0)
+    for found, expected in zip(predictions(model), predictions(fitted(name)), strict=True):
+        assert torch.equal(found, expected)
+
+
+# Look-ahead ---------------------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_conditioning_moves_towards_what_was_seen(name):
+    model, X = fitted(name), new_points(1, seed=9)
+    before = model.posterior(X)
+    shift = before.variance.sqrt().clamp_min(0.05 * SPREAD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayesnnWarning)
+        up, down = (model.condition_on_observations(X, before.mean + sign * shift) for sign in (1, -1))
+    assert up.posterior(X).mean > down.posterior(X).mean
+    close(model.posterior(X).mean, before.mean)  # the model itself stays as it is
+    assert up.posterior(new_points(4, 3)).mean.shape == (4, 3, 1)
+    assert torch.isfinite(up.predict(new_points(4)).quantile(0.5)).all()
+    with pytest.raises(ValueError, match="Y must be finite"):
+        model.condition_on_observations(X, torch.full((1, 1), torch.nan))
+    for wrong in (torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(1)):
+        with pytest.raises(ValueError, match="Y must have shape"):
+            model.condition_on_observations(X, wrong)
+
+
+@each_model
+@pytest.mark.filterwarnings("ignore::bayesnn.BayesnnWarning")
+def test_fantasies(name, tmp_path):
+    model, X = fitted(name), new_points(3, 1, seed=9)
+    posterior = model.posterior(X, observation_noise=True)
+    for sampler in (get_sampler(posterior, torch.Size([4]), seed=1), SobolQMCNormalSampler(torch.Size([4]), seed=1)):
+        fantasy = model.fantasize(X, sampler)
+        assert fantasy.batch_shape == (4, 3) and fantasy.num_outputs == 1
+        for points in (new_points(5), new_points(3, 5), new_points(4, 3, 5)):
+            after = fantasy.posterior(points)
+            assert after.mean.shape == after.variance.shape == (4, 3, 5, 1)
+            assert torch.isfinite(after.mean).all()
+            assert function_draws(after, 8).values.shape[-2:] == (5, 1)
+            p = fantasy.predict(points)
+            assert p.mean.shape == p.quantile(0.5).shape == (4, 3, 5, 1)
+    with pytest.raises(ValueError, match="conditioned model can't be saved"):
+        fantasy.save(tmp_path / "fantasy")
+    with_noise = model.fantasize(X, sampler, observation_noise=torch.full((1, 1), 0.5).double())
+    assert with_noise.posterior(new_points(2)).mean.shape == (4, 3, 2, 1)
+
+
+@each_model
+@pytest.mark.filterwarnings("ignore::bayesnn.BayesnnWarning")
+def test_knowledge_gradient(name):
+    model = fitted(name)
+    acquisition = qKnowledgeGradient(model, num_fantasies=3)
+    X = new_points(2, 4).requires_grad_()  # one candidate and three fantasy points
+    values = acquisition(X)
+    (gradient,) = torch.autograd.grad(values.sum(), X)
+    assert values.shape == (2,) and torch.isfinite(values).all() and torch.isfinite(gradient).all()
+    assert gradient[:, 0].abs().max() > 0
+
+
+# Bad and odd input -------------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_errors_before_fitting(name):
+    model = unfitted(name)
+    for ask in (
+        lambda: model.predict(new_points(2)),
+        lambda: model.posterior(new_points(2)),
+        lambda: model.draw_functions(3),
+        lambda: model.condition_on_observations(new_points(1), torch.zeros(1, 1)),
+        lambda: model.train_inputs,
+        lambda: model.num_outputs,
+        lambda: model.save("nowhere"),
+    ):
+        with pytest.raises(NotFittedError, match=r"isn't fitted yet: call fit\(X, Y\) first"):
+            ask()
+
+
+@each_model
+def test_bad_data(name):
+    X, Y = data()
+    bad = X.clone()
+    bad[2, 1] = torch.nan
+    model = unfitted(name)
+    for wrong_X, wrong_Y, error, message in (
+        (bad, Y, ValueError, "X must be finite"),
+        (X, Y / 0.0, ValueError, "Y must be finite"),
+        (X[:0], Y[:0], ValueError, "at least one row"),
+        (X[:, :0], Y, ValueError, "at least one row and one column"),
+        (X[:5], Y, ValueError, "X has 5, Y has 14"),
+        (X[:, 0], Y, ValueError, r"must have shape \(n, d\)"),
+        (X[None], Y[None], ValueError, r"must have shape \(n, d\)"),
+        (X, Y[:, :0], ValueError, "Y must have shape"),
+        (X.to(torch.complex128), Y, TypeError, "X must be real"),
+        ([["a", "b"]], [1.0], TypeError, "X must hold numbers"),
+        (X, ["a"] * 14, TypeError, "Y must hold numbers"),
+    ):
+        with pytest.raises(error, match=message):
+            model.fit(wrong_X, wrong_Y)
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+    model = fitted(name)
+    for wrong, message in (
+        (bad, "X must be finite"),
+        (X[:, :1], "X must have 2 columns as at fit, found 1"),
+        (X[0], "shape"),
+    ):
+        for ask in (model.predict, model.posterior):
+            with pytest.raises(ValueError, match=message):
+                ask(wrong)
+
+
+def answers(name, X, Y):
+    model = unfitted(name).fit(X, Y)
+    p, posterior = model.predict(new_points(4)), model.posterior(new_points(4))
+    for value in (p.mean, p.variance, p.quantile(0.9), p.log_prob(p.mean), posterior.mean, posterior.variance):
+        assert torch.isfinite(value).all()
+    assert (p.variance > 0).all() and torch.isfinite(samples(model, new_points(2, 3))).all()
+    return p
+
+
+@each_model
+@pytest.mark.filterwarnings("ignore::bayesnn.BayesnnWarning")
+def test_few_rows(name):
+    X, Y = data()
+    p = answers(name, X[:1], Y[:1])
+    assert (p.mean - Y[0]).abs().max() < 10
+    answers(name, X[:2], Y[:2])
+
+
+@each_model
+@pytest.mark.filterwarnings("ignore::botorch.exceptions.warnings.InputDataWarning")
+def test_constant_outcomes(name):
+    X, _ = data()
+    with pytest.warns(BayesnnWarning, match=r"Y: column\(s\) \[0\] are constant"):
+        p = answers(name, X, torch.full((14, 1), 7.0).double())
+    assert (p.mean - 7).abs().max() < 1.5
+
+
+@each_model
+def test_constant_inputs(name):
+    X, Y = data()
+    X = X.clone()
+    X[:, 1] = 3.0
+    with pytest.warns(BayesnnWarning, match=r"X: column\(s\) \[1\] are constant"):
+        answers(name, X, Y)
+
+
+@each_model
+@pytest.mark.filterwarnings("ignore::bayesnn.BayesnnWarning")
+def test_repeated_rows(name):
+    X, Y = data()
+    answers(name, torch.cat([X, X, X]), torch.cat([Y, Y, Y]))
+    answers(name, X[:1].repeat(8, 1), Y[:8])
+
+
+@each_model
+@pytest.mark.filterwarnings("ignore::bayesnn.BayesnnWarning")
+def test_any_units(name):
+    """A change of units of X and Y changes nothing but units."""
+    X, Y = data()
+    moved = unfitted(name).fit(1000 * X - 7, -3 + 1e-3 * Y, seed=0).predict(1000 * new_points(5) - 7)
+    p = fitted(name).predict(new_points(5))
+    difference = ((moved.mean + 3) * 1e3 - p.mean).abs() / p.stddev
+    # Rounding makes a sampler's path another one, though the same model.
+    assert difference.max() < (1.5 if name in OPTIONS else 1e-2)
+
+
+@each_model
+@pytest.mark.filterwarnings("ignore::bayesnn.BayesnnWarning")
+def test_inputs_that_require_gradients(name):
+    X, Y = data()
+    model = unfitted(name).fit(X.clone().requires_grad_(), Y.clone().requires_grad_(), seed=0)
+    for found, expected in zip(predictions(copy.deepcopy(model)), predictions(fitted(name)), strict=True):
+        assert torch.equal(found, expected) and not found.requires_grad
