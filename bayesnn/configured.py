@@ -15,15 +15,27 @@ import torch
 class Configured:
     """Mixin that records the constructor's arguments under the class's name.
 
-    Works for plain classes, (frozen) dataclasses and ``nn.Module`` alike, because it records in ``__new__``.
+    Works for plain classes, (frozen) dataclasses and ``nn.Module`` alike, because it records in ``__new__``. Where two
+    classes share a name, ``class StudentT(Prior, saved_as="StudentTPrior")`` tells them apart in files.
+
+    Raises:
+        TypeError: when a class is defined under whose name another one is saved already.
     """
 
     _classes: ClassVar[dict[str, type]] = {}
+    _saved_as: ClassVar[str]
     _arguments: dict[str, Any]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, saved_as: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Configured._classes[cls.__name__] = cls
+        cls._saved_as = cls.__name__ if saved_as is None else saved_as
+        other = Configured._classes.setdefault(cls._saved_as, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"{other.__module__}.{other.__qualname__} is saved as {cls._saved_as!r} already: give another name, "
+                f'class {cls.__name__}(…, saved_as="…")'
+            )
+        Configured._classes[cls._saved_as] = cls  # the newest, where a class is defined again
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
@@ -51,7 +63,7 @@ def describe(value: Any) -> Any:
         return value
     if isinstance(value, Configured):
         arguments = {name: describe(argument) for name, argument in value._arguments.items()}
-        return {"class": type(value).__name__, "arguments": arguments}
+        return {"class": value._saved_as, "arguments": arguments}
     if isinstance(value, torch.Tensor):
         return value.tolist()
     if isinstance(value, torch.dtype):

@@ -312,7 +312,7 @@ class Model(Configured, BotorchModel):
         }
         tensors |= {"outcomes.loc": self._outcomes.loc, "outcomes.scale": self._outcomes.scale}
         tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
-        description = {"format": 1, "class": type(self).__name__, "arguments": arguments, "missing": missing}
+        description = {"format": 1, "class": self._saved_as, "arguments": arguments, "missing": missing}
         description |= {"outputs": self._outputs}
         write_tensors(path, tensors, description)
 

@@ -95,7 +95,7 @@ class Laplace(Prior):
 
 
 @dataclass(frozen=True)
-class StudentT(Prior):
+class StudentT(Prior, saved_as="StudentTPrior"):
     """w ~ Student-t with ``df`` degrees of freedom (4 by default): heavier tails than the Gaussian."""
 
     df: float = 4.0
