@@ -109,12 +109,18 @@ class NetworkTarget:
         self.flat_gaussian_prior = self._flat_gaussian_prior()
 
     def _check_output(self) -> None:
-        with torch.no_grad():
-            found = self.network(self.data.X[:1])
+        if not any(True for _ in self.network.parameters()):
+            raise ValueError("network has no parameters: there is nothing to learn")
+        columns = self.data.X.shape[-1]
+        try:
+            with torch.no_grad():
+                found = self.network(self.data.X[:1])
+        except RuntimeError as error:
+            raise ValueError(f"network can't take X of shape (1, {columns}): {error}") from error
         wanted = self.likelihood.latent_size(self.data.Y.shape[-1])
         if found.shape != (1, wanted):
             raise ValueError(
-                f"network must map (n, {self.data.X.shape[-1]}) to (n, {wanted}) for {type(self.likelihood).__name__} with "
+                f"network must map (n, {columns}) to (n, {wanted}) for {type(self.likelihood).__name__} with "
                 f"{self.data.Y.shape[-1]} output(s), found {tuple(found.shape)} for one row"
             )
         stacked = {name: parameter.unsqueeze(0) for name, parameter in self.network.named_parameters()}
