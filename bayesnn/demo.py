@@ -23,6 +23,7 @@ from torch.distributions import Normal
 from bayesnn import metrics, networks, report
 from bayesnn.bnn import BNN
 from bayesnn.bo import Space, minimize
+from bayesnn.bo.study import quiet_optuna
 from bayesnn.inference import HMC, DeepEnsemble, MeanField
 from bayesnn.inference.amortized import PFN, MetaTraining, TaskBatch
 from bayesnn.model import Model
@@ -149,7 +150,9 @@ def digits_error(config: Mapping[str, Any]) -> float:
     return float(1 - scores.mean())
 
 
-def tune(folder: Path, num_trials: int, log: Callable[[str], None]) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+def tune(
+    folder: Path, num_trials: int, log: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """Tune the machine with an ensemble of networks and by random search from the same start; keeps the SQLite study."""
     path = folder / "study.db"
     path.unlink(missing_ok=True)
@@ -160,13 +163,14 @@ def tune(folder: Path, num_trials: int, log: Callable[[str], None]) -> tuple[lis
     seconds = {"ensemble": time.perf_counter() - start}
     log("  searching at random …")
     start = time.perf_counter()
-    random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for evaluation in result.history[: min(10, num_trials)]:
-        random.enqueue_trial(evaluation.x)
-    distributions = Space(SPACE).distributions()
-    for _ in range(num_trials):
-        trial = random.ask(distributions)
-        random.tell(trial, digits_error(trial.params))
+    with quiet_optuna():
+        random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        for evaluation in result.history[: min(10, num_trials)]:
+            random.enqueue_trial(evaluation.x)
+        distributions = Space(SPACE).distributions()
+        for _ in range(num_trials):
+            trial = random.ask(distributions)
+            random.tell(trial, digits_error(trial.params))
     seconds["random"] = time.perf_counter() - start
     values = {"ensemble": list(result.best_so_far)}
     values["random"] = np.minimum.accumulate([trial.value for trial in random.trials]).tolist()

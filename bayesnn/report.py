@@ -78,9 +78,7 @@ def regret(best_so_far: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def html(
-    title: str, tables: Mapping[str, tuple[Rows, Sequence[str]]], figures: Mapping[str, Figure]
-) -> str:
+def html(title: str, tables: Mapping[str, tuple[Rows, Sequence[str]]], figures: Mapping[str, Figure]) -> str:
     """One HTML page without any reference outside itself: headed tables with remarks, then headed pictures."""
     parts = [f"<h1>{html_escape.escape(title)}</h1>"]
     for heading, (rows, remarks) in tables.items():

@@ -1,0 +1,108 @@
+"""The command line, as a user types it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from bayesnn import surrogates
+from bayesnn.cli import app
+
+runner = CliRunner()
+
+
+def invoke(*arguments):
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def table():
+    generator = np.random.default_rng(0)
+    X = generator.uniform(-1, 1, (40, 2))
+    y = X[:, 0] + 0.05 * generator.normal(size=40)
+    return pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "y": y, "kind": np.where(X[:, 0] > 0, "up", "down")})
+
+
+@pytest.fixture
+def csv(table, tmp_path):
+    path = tmp_path / "data.csv"
+    table.to_csv(path, index=False)
+    return path
+
+
+def test_models_names_all_of_them():
+    result = invoke("models")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.output.splitlines()] == surrogates()
+
+
+def test_fit_then_predict(csv, table, tmp_path):
+    model, out = tmp_path / "model.safetensors", tmp_path / "out.csv"
+    fitted = invoke("fit", csv, "--target", "y", "--model", "nngp", "--ignore", "kind", "--output", model)
+    assert fitted.exit_code == 0, fitted.output
+    assert "coverage_90" in fitted.output and "32 rows, 2 inputs, 8 rows held out" in fitted.output
+    assert json.loads(model.with_suffix(".json").read_text()) == {"inputs": ["a", "b"], "target": "y", "labels": None}
+    # Columns are found by name, whatever their order.
+    table[["b", "a"]].to_csv(tmp_path / "new.csv", index=False)
+    predicted = invoke("predict", model, tmp_path / "new.csv", "--output", out, "--level", "0.8")
+    assert predicted.exit_code == 0, predicted.output
+    result = pd.read_csv(out)
+    assert list(result) == ["mean", "std", "lower", "upper"]
+    assert np.abs(result["mean"] - table["y"]).max() < 0.3
+    assert np.allclose((result["upper"] - result["lower"]) / result["std"], 2 * 1.2815515655446004)
+
+
+def test_classification_keeps_the_labels(csv, tmp_path):
+    model, out = tmp_path / "model.safetensors", tmp_path / "out.csv"
+    arguments = ("--target", "kind", "--task", "classification", "--model", "ensemble", "--ignore", "y")
+    fitted = invoke("fit", csv, *arguments, "--output", model)
+    assert fitted.exit_code == 0, fitted.output
+    assert invoke("predict", model, csv, "--output", out).exit_code == 0
+    result = pd.read_csv(out)
+    assert list(result) == ["P(down)", "P(up)", "label"]
+    assert np.allclose(result[["P(down)", "P(up)"]].sum(axis=1), 1)
+    assert (result["label"] == pd.read_csv(csv)["kind"]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--target", "z"), "is no column"),
+        (("--target", "y"), "kind aren't numbers"),
+        (("--target", "y", "--ignore", "q"), "no such column"),
+        (("--target", "y", "--ignore", "kind", "--model", "oracle"), "no surrogate named 'oracle'"),
+        (("--target", "kind", "--task", "classification", "--model", "nngp"), "for classification"),
+        (("--target", "y", "--task", "guessing"), "--task must be one of"),
+    ],
+)
+def test_bad_arguments_take_one_line(csv, tmp_path, arguments, message):
+    result = invoke("fit", csv, *arguments, "--output", tmp_path / "model.safetensors")
+    assert result.exit_code == 2
+    assert message in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty"),
+        ("a,y\n", "no rows"),
+        ("a,y\n1,2\n3,\n", "missing values in y (1)"),
+        ("a,y\n1,2\n2,3\n", "at least 5"),
+        ("y\n" + "1\n2\n" * 4, "no input columns"),
+    ],
+)
+def test_bad_files_take_one_line(tmp_path, text, message):
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    result = invoke("fit", path, "--target", "y")
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_predict_refuses_what_fit_did_not_write(csv, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"not a model")
+    result = invoke("predict", tmp_path / "model.safetensors", csv)
+    assert result.exit_code == 2 and "not a complete bayesnn file" in result.output
+    assert invoke("predict", tmp_path / "nothing.safetensors", csv).exit_code == 2
