@@ -173,7 +173,7 @@ def tune(
             random.tell(trial, digits_error(trial.params))
     seconds["random"] = time.perf_counter() - start
     values = {"ensemble": list(result.best_so_far)}
-    values["random"] = np.minimum.accumulate([trial.value for trial in random.trials]).tolist()
+    values["random"] = np.minimum.accumulate([float(trial.values[0]) for trial in random.trials]).tolist()
     rows: list[dict[str, Any]] = []
     for name, best in values.items():
         reached = next((index + 1 for index, value in enumerate(best) if value <= values["random"][-1]), None)
