@@ -47,10 +47,10 @@ def predictive_band(
     if tuple(p.shape) != (len(inputs), 1):
         raise ValueError(f"p must have shape ({len(inputs)}, 1), one output for each x, found {tuple(p.shape)}")
     axes = _axes(ax)
-    for level in sorted(levels, reverse=True):
+    for index, level in enumerate(sorted(levels, reverse=True)):
         low, high = (_flat(end) for end in p.interval(level))
         label = f"{100 * level:.3g} % of y"
-        axes.fill_between(inputs, low, high, color=TOTAL, alpha=0.18, linewidth=0, label=label)
+        axes.fill_between(inputs, low, high, color=TOTAL, alpha=min(0.18 + 0.16 * index, 1), linewidth=0, label=label)
     mean = _flat(p.mean)
     axes.plot(inputs, mean, color=TOTAL, linewidth=1.6, label="mean")
     reach = NormalDist().inv_cdf((1 + max(levels)) / 2) * _flat(p.epistemic.clamp_min(0).sqrt())
@@ -123,10 +123,10 @@ def regret_curve(
             raise ValueError(f"best_so_far[{name!r}] must have shape (T,) or (runs, T), found {runs.shape}")
         regrets = runs if optimum is None else np.abs(runs - optimum)
         evaluations = np.arange(1, runs.shape[1] + 1)
-        (line,) = axes.plot(evaluations, np.median(regrets, 0), linewidth=1.8, label=name)
+        (line,) = axes.step(evaluations, np.median(regrets, 0), where="post", linewidth=1.8, label=name)
         if len(runs) >= 3:
             low, high = np.quantile(regrets, [(1 - level) / 2, (1 + level) / 2], axis=0)
-            axes.fill_between(evaluations, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+            axes.fill_between(evaluations, low, high, step="post", color=line.get_color(), alpha=0.18, linewidth=0)
     if optimum is not None:
         axes.set_yscale("log")
     axes.set(xlabel="evaluations", ylabel="best value so far" if optimum is None else "simple regret")
