@@ -26,6 +26,9 @@ from bayesnn.model import Model
 from bayesnn.posteriors import Copula, correlation_root
 from bayesnn.predictive import Predictive
 
+MIN_SHARE = 0.01
+"""Least share of the variance of f that a network's answer to an observation at the same point implies; guards a root."""
+
 
 class Context(NamedTuple):
     """Observations, encoded: inputs (*batch, n, d), outcomes (*batch, m, n, 1), the network's cache, and the units."""
@@ -158,8 +161,9 @@ class AmortizedModel(Model):
         r"""Correlations of f between the points of each t-batch element, (*batch, m, q, q).
 
         :math:`\mathrm{Cov}(f_i, f_j) = \sigma_{y_i} (E[f_j \mid y_i = \mu_i + \sigma_{y_i}] - E[f_j])` for jointly
-        Gaussian values. A network needn't agree with itself on i and j exchanged; the mean of both is taken, so that the
-        order of points doesn't matter. Points with the same inputs are the same point.
+        Gaussian values. A network needn't agree with itself on i and j exchanged, nor on the variance at i = j; the mean
+        of both and that variance are taken. So the order of points doesn't matter, and points that come close to each
+        other have a correlation that goes to one: draws are continuous. Points with the same inputs are the same point.
         """
         q = X.shape[-2]
         if q == 1:
@@ -174,12 +178,13 @@ class AmortizedModel(Model):
             own_mean, own_std = y.mean[one][..., rows, :], y.stddev[one][..., rows, :]
             shifted = self._conditional_mean(X, X[one][..., rows, :], own_mean + own_std)
             shift = shifted - f.mean.mT.unsqueeze(-2)  # (*batch, m, rows, q)
-            scale = f.stddev.mT
-            covariance = shift * own_std.mT.unsqueeze(-1)
-            correlation = covariance / (scale[..., rows].unsqueeze(-1) * scale.unsqueeze(-2))
-            columns.append(correlation.clamp(-1, 1).mT)
-        correlation = torch.cat(columns, -1)
-        return torch.where(_same_points(X), torch.ones_like(columns[0][..., :1]), 0.5 * (correlation + correlation.mT))
+            columns.append((shift * own_std.mT.unsqueeze(-1)).mT)
+        covariance = torch.cat(columns, -1)
+        covariance = 0.5 * (covariance + covariance.mT)
+        own = covariance.diagonal(dim1=-2, dim2=-1)
+        scale = torch.maximum(own, MIN_SHARE * f.variance.mT).sqrt()
+        correlation = (covariance / (scale.unsqueeze(-1) * scale.unsqueeze(-2))).clamp(-1, 1)
+        return torch.where(_same_points(X), torch.ones_like(correlation), correlation)
 
     def _conditional_mean(self, X: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         """E[f(X) | D and y = values at one of the rows], for each row: (*batch, m, rows, q)."""
