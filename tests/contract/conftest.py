@@ -12,7 +12,7 @@ TABLE: dict[str, dict[str, str]] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    found = re.search(r"test_contract\.py::test_(\w+)\[.*?<([^>]+)>", report.nodeid)
+    found = re.search(r"test_contract\w*\.py::test_(\w+)\[.*?<([^>]+)>", report.nodeid)
     if found is None or (report.when != "call" and report.outcome == "passed"):
         return
     check, name = found[1].replace("_", " "), found[2]
