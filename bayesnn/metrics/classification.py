@@ -56,8 +56,8 @@ def reliability(p: ClassPredictive, y: Tensor, num_bins: int = 15) -> tuple[Tens
     labels = class_labels(p, y)
     confidence, predicted = (tensor.flatten() for tensor in _most_probable(p))
     correct = (predicted == labels.flatten()).double()
-    # Rounding up to a multiple of the width finds the bin; the nudge keeps 0.3 * 10 = 3.0000001 in the third.
-    index = ((confidence.double() * num_bins - 1e-6).ceil().long() - 1).clamp(0, num_bins - 1)
+    # The nudge puts probabilities on an edge into the bin below it, those that rounding left a little above it too.
+    index = (confidence.double() * num_bins - 1e-6).floor().long().clamp(0, num_bins - 1)
     counts = torch.bincount(index, minlength=num_bins)
     confidences = torch.bincount(index, confidence.double(), num_bins) / counts
     return counts, confidences, torch.bincount(index, correct, num_bins) / counts
