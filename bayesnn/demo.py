@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.distributions import Normal
 from bayesnn import metrics, networks, report
 from bayesnn.bnn import BNN
 from bayesnn.bo import Space, minimize
+from bayesnn.bo.storage import open_storage
 from bayesnn.bo.study import quiet_optuna
 from bayesnn.inference import HMC, DeepEnsemble, MeanField
 from bayesnn.inference.amortized import PFN, MetaTraining, TaskBatch
@@ -31,6 +33,11 @@ from bayesnn.predictive import Predictive
 from bayesnn.processes import NNGP, ConditionalNeuralProcess
 
 BASELINE = "linear-Gaussian"
+STUDY = "bayesnn-demo"
+HOW_CNP = (
+    "cnp: the shipped network after 400 more steps of meta-training on random functions at the training inputs (never on "
+    "their outcomes); its seconds include them."
+)
 SCORES = ("nll", "rmse", "crps", "coverage_90")
 SPACE = {
     "C": (1e-3, 1e3, "log"),
@@ -80,12 +87,13 @@ def linear_gaussian(data: Regression) -> Predictive:
 def families() -> dict[str, Callable[[Tensor], Model]]:
     """By name, a function from the inputs to an unfitted model of each family, at settings that suit a few hundred rows.
 
-    The mean-field network is narrow because its evidence lower bound says so: wider ones underfit.
+    The mean-field network's width is the one whose evidence lower bound on diabetes is highest: -424 for 5 hidden units,
+    -435 for 10, -452 for 20, -542 for two layers of 50. Wider ones underfit.
     """
     return {
         "hmc": lambda X: BNN(method=HMC(num_chains=4, num_warmup=200, num_draws=200)),
         "mean-field": lambda X: BNN(
-            networks.mlp(X.shape[1], 1, hidden=(20,)), method=MeanField(num_steps=1500, num_samples=2)
+            networks.mlp(X.shape[1], 1, hidden=(5,)), method=MeanField(num_steps=1500, num_samples=2)
         ),
         "ensemble": lambda X: BNN(method=DeepEnsemble(num_steps=300)),
         "nngp": lambda X: NNGP(),
@@ -155,11 +163,14 @@ def tune(
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """Tune the machine with an ensemble of networks and by random search from the same start; keeps the SQLite study."""
     path = folder / "study.db"
-    path.unlink(missing_ok=True)
+    with quiet_optuna(), suppress(KeyError):  # an earlier demo's; whatever else the file holds stays
+        optuna.delete_study(study_name=STUDY, storage=open_storage(path))
     log("  searching with an ensemble of networks …")
     start = time.perf_counter()
     surrogate = BNN(method=DeepEnsemble(num_steps=300))
-    result = minimize(digits_error, SPACE, surrogate=surrogate, num_trials=num_trials, seed=0, storage=path)
+    result = minimize(
+        digits_error, SPACE, surrogate=surrogate, num_trials=num_trials, seed=0, storage=path, study_name=STUDY
+    )
     seconds = {"ensemble": time.perf_counter() - start}
     log("  searching at random …")
     start = time.perf_counter()
@@ -206,7 +217,7 @@ def run_demo(folder: Path, num_trials: int = 30, log: Callable[[str], None] = pr
     data = diabetes()
     log("Diabetes progression, 353 rows, 10 inputs; 89 rows held out")
     rows, predictions = compare(data, log)
-    remarks = notes(rows)
+    remarks = [HOW_CNP, *notes(rows)]
     log(report.text_table(rows))
     for remark in remarks:
         log(f"note: {remark}")
@@ -217,8 +228,11 @@ def run_demo(folder: Path, num_trials: int = 30, log: Callable[[str], None] = pr
     x, y = elevation()
     grid = torch.linspace(-8, float(x.max()) + 8, 240, dtype=torch.float64)[:, None]
     bands = {name: build(x).fit(x, y).predict(grid) for name, build in families().items()}
+    picture = report.bands(grid, bands, x, y)
+    picture.supxlabel("grid points along the line")
+    picture.supylabel("elevation (m)")
     figures = {
-        "Elevation along a line (m), 20 points left out": report.bands(grid, bands, x, y),
+        "Elevation along a line (m), 20 points left out": picture,
         "Calibration on the held-out rows": report.calibration(predictions, data.Y_test),
         "Best cross-validated error so far": report.regret(best_so_far),
     }

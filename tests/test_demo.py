@@ -3,10 +3,12 @@
 import re
 
 import numpy as np
+import optuna
 import pytest
 import torch
 
 from bayesnn import demo, metrics, report
+from bayesnn.bo import minimize
 
 
 def test_baseline_is_least_squares():
@@ -67,3 +69,12 @@ def test_report_is_self_contained():
 def test_text_table_aligns():
     table = report.text_table([{"model": "a", "nll": 1.23456}, {"model": "long name", "nll": None}])
     assert table.splitlines() == ["model        nll", "a          1.235", "long name      –"]
+
+
+def test_tuning_again_starts_afresh_and_leaves_other_studies(tmp_path):
+    path = tmp_path / "study.db"
+    minimize(lambda config: config["x"], {"x": (0.0, 1.0)}, num_trials=2, storage=path, study_name="mine")
+    first, second = (demo.tune(tmp_path, 3, lambda text: None)[1] for _ in range(2))
+    assert first == second
+    counts = {summary.study_name: summary.n_trials for summary in optuna.get_all_study_summaries(f"sqlite:///{path}")}
+    assert counts == {"mine": 2, demo.STUDY: 3}
