@@ -59,6 +59,9 @@ def standardise_context(context_y: Tensor) -> tuple[Tensor, Tensor]:
     and 1: then the outcomes count as being in the prior's units already. Where all outcomes are equal (standard
     deviation under 1e-6 of their size, or of 1) the scale is 1.
 
+    Two or three outcomes can lie close together by chance. Further outcomes in such units have tails like Student's t with
+    one or two degrees of freedom, heavier than any head's: averages over tasks of that size are ruled by a few of them.
+
     Args:
         context_y: (*batch, n, 1).
 
