@@ -78,9 +78,12 @@ def fit(
     with _one_line_errors():
         if task not in TASKS:
             raise ValueError(f"--task must be one of {', '.join(TASKS)}, found {task!r}")
+        if output.suffix != ".safetensors":  # else the file of the columns could take the model's place
+            raise ValueError(f"--output must end in .safetensors, found {str(output)!r}")
         if task == "classification" and model not in CLASSIFIERS:
             raise ValueError(f"--model must be one of {', '.join(CLASSIFIERS)} for classification, found {model!r}")
         table = _read(data, ignore or [])
+        _require_complete(table, data, "drop those rows or --ignore the columns")
         if target not in table:
             raise ValueError(f"--target {target!r} is no column of {data}; there are {', '.join(table.columns)}")
         inputs = [column for column in table.columns if column != target]
@@ -131,6 +134,7 @@ def predict(
         missing = [column for column in columns["inputs"] if column not in table]
         if missing:
             raise ValueError(f"{data} lacks the input column(s) {', '.join(missing)}")
+        _require_complete(table[columns["inputs"]], data, "or drop those rows")
         p = fitted.predict(_numbers(table, columns["inputs"]))
         if isinstance(p, ClassPredictive):
             names = [f"P({label})" for label in columns["labels"]]
@@ -157,11 +161,14 @@ def _read(path: Path, ignore: list[str]) -> pd.DataFrame:
     table = table.drop(columns=ignore)
     if not len(table):
         raise ValueError(f"{path} has a header but no rows")
+    return table
+
+
+def _require_complete(table: pd.DataFrame, path: Path, advice: str) -> None:
     holes = table.isna().sum()
     if holes.any():
         found = ", ".join(f"{column} ({count})" for column, count in holes[holes > 0].items())
-        raise ValueError(f"{path} has missing values in {found}; fill them in, drop those rows or --ignore the columns")
-    return table
+        raise ValueError(f"{path} has missing values in {found}; fill them in, {advice}")
 
 
 def _numbers(table: pd.DataFrame, columns: list[str]) -> torch.Tensor:

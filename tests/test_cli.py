@@ -75,10 +75,11 @@ def test_classification_keeps_the_labels(csv, tmp_path):
         (("--target", "y", "--ignore", "kind", "--model", "oracle"), "no surrogate named 'oracle'"),
         (("--target", "kind", "--task", "classification", "--model", "nngp"), "for classification"),
         (("--target", "y", "--task", "guessing"), "--task must be one of"),
+        (("--target", "y", "--ignore", "kind", "--output", "model.json"), "must end in .safetensors"),
     ],
 )
 def test_bad_arguments_take_one_line(csv, tmp_path, arguments, message):
-    result = invoke("fit", csv, *arguments, "--output", tmp_path / "model.safetensors")
+    result = invoke("fit", csv, "--output", tmp_path / "model.safetensors", *arguments)
     assert result.exit_code == 2
     assert message in result.output and "Traceback" not in result.output
     assert not (tmp_path / "model.safetensors").exists()
@@ -106,3 +107,18 @@ def test_predict_refuses_what_fit_did_not_write(csv, tmp_path):
     result = invoke("predict", tmp_path / "model.safetensors", csv)
     assert result.exit_code == 2 and "not a complete bayesnn file" in result.output
     assert invoke("predict", tmp_path / "nothing.safetensors", csv).exit_code == 2
+
+
+def test_predict_minds_the_models_columns_only(csv, table, tmp_path):
+    model, path = tmp_path / "model.safetensors", tmp_path / "new.csv"
+    assert invoke("fit", csv, "--target", "y", "--model", "pfn", "--ignore", "kind", "--output", model).exit_code == 0
+    table.assign(kind=None, y=np.nan).to_csv(path, index=False)
+    assert invoke("predict", model, path, "--output", tmp_path / "out.csv").exit_code == 0
+    for new, message in [
+        (table.drop(columns="b"), "lacks the input column(s) b"),
+        (table.assign(b="much"), "b aren't numbers"),
+        (table.assign(b=table["b"].where(table.index > 2)), "missing values in b (3)"),
+    ]:
+        new.to_csv(path, index=False)
+        result = invoke("predict", model, path, "--output", tmp_path / "out.csv")
+        assert result.exit_code == 2 and message in result.output
