@@ -232,7 +232,7 @@ def run_demo(folder: Path, num_trials: int = 30, log: Callable[[str], None] = pr
     picture.supxlabel("grid points along the line")
     picture.supylabel("elevation (m)")
     figures = {
-        "Elevation along a line (m), 20 points left out": picture,
+        "Elevation along a line (m), 19 points left out": picture,
         "Calibration on the held-out rows": report.calibration(predictions, data.Y_test),
         "Best cross-validated error so far": report.regret(best_so_far),
     }
