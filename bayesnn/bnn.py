@@ -178,4 +178,4 @@ def _surrogate(method: Method) -> Callable[..., BNN]:
 
 register("hmc", _surrogate(HMC()))
 register("mean-field", _surrogate(MeanField()))
-register("ensemble", _surrogate(DeepEnsemble()))
+register("ensemble", _surrogate(DeepEnsemble(anchored=True)))

@@ -167,7 +167,7 @@ def tune(
         optuna.delete_study(study_name=STUDY, storage=open_storage(path))
     log("  searching with an ensemble of networks …")
     start = time.perf_counter()
-    surrogate = BNN(method=DeepEnsemble(num_steps=300))
+    surrogate = BNN(method=DeepEnsemble(num_steps=300, anchored=True))
     result = minimize(
         digits_error, SPACE, surrogate=surrogate, num_trials=num_trials, seed=0, storage=path, study_name=STUDY
     )

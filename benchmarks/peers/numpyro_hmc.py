@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.infer import HMC
+from numpyro.infer import HMC, MCMC
 
 numpyro.enable_x64()
 settings = json.loads(sys.argv[1])
@@ -30,13 +30,18 @@ def model(X, Y):
     numpyro.sample("y", dist.Normal(hidden, 0.1).to_event(2), obs=Y)
 
 
-kernel = HMC(
-    model,
-    step_size=settings["step_size"],
-    trajectory_length=settings["step_size"] * settings["num_leapfrog"],
-    adapt_step_size=False,
-    adapt_mass_matrix=False,
-)
+def make_kernel():
+    """HMC with a fixed step size and path, without adaptation."""
+    return HMC(
+        model,
+        step_size=settings["step_size"],
+        trajectory_length=settings["step_size"] * settings["num_leapfrog"],
+        adapt_step_size=False,
+        adapt_mass_matrix=False,
+    )
+
+
+kernel = make_kernel()
 # The kernel's own steps inside one compiled loop, as MCMC(chain_method="vectorized") runs them. MCMC.run itself would
 # trace and compile again at every call, for seconds, which is not what is compared.
 keys = jax.random.split(jax.random.PRNGKey(0), settings["num_chains"])
@@ -61,10 +66,24 @@ def run():
     return num_steps
 
 
+def call():
+    """What a user types; it traces and compiles again at every call."""
+    mcmc = MCMC(
+        make_kernel(),
+        num_warmup=0,
+        num_samples=settings["num_draws"],
+        num_chains=settings["num_chains"],
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.PRNGKey(1), X, Y)
+    jax.block_until_ready(mcmc.get_samples())
+
+
 steps = np.unique(np.asarray(run()))
 assert list(steps) == [settings["num_leapfrog"]], steps
 print(json.dumps({name: version(name) for name in ("numpyro", "jax", "jaxlib")}), flush=True)
-for _ in sys.stdin:
+for line in sys.stdin:
     start = time.perf_counter()
-    run()
+    {"loop": run, "call": call}[line.strip()]()
     print(time.perf_counter() - start, flush=True)

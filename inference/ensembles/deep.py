@@ -2,8 +2,10 @@ r"""Deep ensembles (Lakshminarayanan et al. 2017): networks trained from differe
 
 Each member minimises minus its log joint density on its own random share of the data (80 % by default, as in Li, Rudner
 and Wilson 2024) and keeps the parameters that were best on the rest, so that it neither overfits nor learns too small a
-noise. An ensemble is not a sample of the posterior: its spread reflects different optima, and tends to be too narrow
-far from data.
+noise. With few data the prior's mode, all weights zero, beats any fit, and members collapse to a constant; anchored members
+(Pearce et al. 2020) have the prior centred at their own starting weights instead: they keep their spread where there are no
+data, and fit what there is. An ensemble is not a sample of the posterior: its spread reflects different optima, and tends
+to be too narrow far from data.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, warmup_cosine
-from bayesnn.inference.target import NetworkTarget, Parameters
+from bayesnn.inference.target import NETWORK, NetworkTarget, Parameters
+from bayesnn.priors import location
 
 MIN_HELD_OUT = 2
 
 
 class DeepEnsembleState(NamedTuple):
-    """Members' parameters (M, …), Adam's moments, each member's held-out rows (M, N), and its best so far."""
+    """Members' parameters (M, …), Adam's moments, each member's held-out rows (M, N), start, and best so far."""
 
     parameters: Parameters
     adam: AdamState
     held_out: Tensor
+    anchors: Parameters
     best: Parameters
     best_score: Tensor
 
@@ -52,6 +56,7 @@ class DeepEnsemble(Configured):
         held_out: share of the rows that each member sets aside for itself; 0: none, and the last parameters are kept.
             With fewer than two rows to set aside there is nothing to hold out, and the members train on everything.
         check_every: steps between two looks at the held-out rows.
+        anchored: centre each member's prior at its own starting weights; best with few data, as in optimisation.
 
     Raises:
         ValueError: if a count or rate isn't positive, or held_out isn't in [0, 1).
@@ -63,6 +68,7 @@ class DeepEnsemble(Configured):
     batch_size: int | None = None
     held_out: float = 0.2
     check_every: int = 10
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_members", "num_steps", "learning_rate", "check_every"):
@@ -81,7 +87,7 @@ class DeepEnsemble(Configured):
         ranks = torch.rand(self.num_members, num_rows, generator=generator).argsort(-1)
         held_out = ranks < (num_held_out if num_held_out >= MIN_HELD_OUT else 0)
         score = target.data.X.new_full((self.num_members,), -torch.inf)
-        return DeepEnsembleState(parameters, adam_init(parameters), held_out, parameters, score)
+        return DeepEnsembleState(parameters, adam_init(parameters), held_out, parameters, parameters, score)
 
     def step(
         self, target: NetworkTarget, state: DeepEnsembleState, generator: torch.Generator
@@ -96,7 +102,8 @@ class DeepEnsemble(Configured):
         mean = (training * log_likelihoods).sum(-1) / training.sum(-1).clamp_min(1)
         # Each member has seen its own rows only: they are its data set, and N their number.
         num_training = (~state.held_out).sum(-1)
-        log_joint = target.log_prior(leaves) / num_training + mean
+        log_prior = target.log_prior(_from_anchors(leaves, state.anchors) if self.anchored else leaves)
+        log_joint = log_prior / num_training + mean
         gradients = torch.autograd.grad(-log_joint.sum() / target.temperature, list(leaves.values()))
         rate = self.learning_rate * warmup_cosine(int(state.adam.step), self.num_steps, min(50, self.num_steps // 10))
         parameters, adam = adam_step(state.parameters, dict(zip(leaves, gradients, strict=True)), state.adam, rate)
@@ -127,3 +134,11 @@ class DeepEnsemble(Configured):
     ) -> WeightPosterior:
         """One draw for each member."""
         return WeightPosterior(state.best, statistics={name: values[-1] for name, values in infos.items()})
+
+
+def _from_anchors(parameters: Parameters, anchors: Parameters) -> Parameters:
+    """Weights moved so that the prior's centre is each member's anchor; the likelihood's parameters as they are."""
+    weights = {name: value for name, value in parameters.items() if name.startswith(NETWORK)}
+    return parameters | {
+        name: value - anchors[name] + location(name, value.shape[1:]) for name, value in weights.items()
+    }

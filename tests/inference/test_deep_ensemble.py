@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bayesnn import likelihoods, networks, priors
+from bayesnn import BNN, likelihoods, networks, priors
 from bayesnn.data import Data
 from bayesnn.inference import DeepEnsemble, NetworkTarget, run
 from bayesnn.inference.ensembles.deep import DeepEnsembleState
@@ -27,7 +27,12 @@ def member(state, index):
 
     adam = state.adam._replace(first=one(state.adam.first), second=one(state.adam.second))
     return DeepEnsembleState(
-        one(state.parameters), adam, state.held_out[[index]], one(state.best), state.best_score[[index]]
+        one(state.parameters),
+        adam,
+        state.held_out[[index]],
+        one(state.anchors),
+        one(state.best),
+        state.best_score[[index]],
     )
 
 
@@ -162,3 +167,15 @@ def test_seeds_and_members_differ():
 def test_wrong_settings(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         DeepEnsemble(**options)
+
+
+def test_anchored_members_fit_few_data_and_keep_their_spread():
+    """Without anchors the prior's mode beats a fit to eight points: every member becomes the same constant."""
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    y = torch.sin(3 * x)
+    far = torch.tensor([[-4.0], [4.0]], dtype=torch.float64)
+    for anchored, fits in ((True, True), (False, False)):
+        model = BNN(method=DeepEnsemble(num_members=6, anchored=anchored)).fit(x, y)
+        error = (model.posterior(x).mean - y).square().mean().sqrt()
+        spread = model.posterior(far).variance.sqrt().min()
+        assert bool(error < 0.1) is fits and bool(spread > 0.1) is fits
