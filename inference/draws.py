@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -72,8 +73,7 @@ class WeightPosterior:
             The worst over the k places of: ``r_hat`` (rank-normalised split R-hat; NaN for one short chain), ``ess_bulk``
             and ``ess_tail`` (Vehtari et al. 2021, through ArviZ); and the mean of each statistic of the run.
         """
-        import arviz
-
+        arviz = _arviz()
         array = self.by_chain(function_values.detach()).double().numpy()
         dataset = arviz.convert_to_dataset({"f": array})
         results = {
@@ -85,8 +85,15 @@ class WeightPosterior:
 
     def to_arviz(self) -> Any:
         """The draws and the run's statistics as an ArviZ ``InferenceData``."""
-        import arviz
-
+        arviz = _arviz()
         posterior = {name: self.by_chain(values).numpy() for name, values in self.parameters.items()}
         statistics = {name: values.T.numpy() for name, values in self.statistics.items() if values.dim() == 2}
         return arviz.from_dict(posterior=posterior, sample_stats=statistics)
+
+
+def _arviz() -> Any:
+    # Imported when asked for: it takes seconds, and is an extra.
+    try:
+        return importlib.import_module("arviz")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("diagnostics need ArviZ: pip install 'bayesnn[diagnostics]'") from error
