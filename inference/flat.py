@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from bayesnn.data import Data
 from bayesnn.inference.target import Parameters, Target, log_density
+
+Density = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From positions (C, P) to their log density, (C,), and its gradient, (C, P)."""
 
 
 def ravel(parameters: Parameters) -> Tensor:
@@ -19,8 +25,13 @@ def unravel(flat: Tensor, shapes: dict[str, torch.Size]) -> Parameters:
     return {name: piece.reshape(-1, *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
-def log_density_and_gradient(target: Target, position: Tensor) -> tuple[Tensor, Tensor]:
-    """The target's log density of every chain, (C,), and its gradient, (C, P).
+def density_of(target: Target) -> Density:
+    """The target's full-data log density as a function of flat positions."""
+    return lambda position: log_density_and_gradient(target, position)
+
+
+def log_density_and_gradient(target: Target, position: Tensor, batch: Data | None = None) -> tuple[Tensor, Tensor]:
+    """The target's log density of every chain, (C,), and its gradient, (C, P); a minibatch is scaled up to all N data.
 
     The pieces of the position are leaves by themselves: differentiating through the flat vector would write a padded
     copy of it for every tensor. A prior that is Gaussian in every parameter is added in closed form.
@@ -28,7 +39,11 @@ def log_density_and_gradient(target: Target, position: Tensor) -> tuple[Tensor, 
     leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
     gaussian = target.flat_gaussian_prior
     with torch.enable_grad():
-        value = target.log_likelihood(leaves) if gaussian is not None else log_density(target, leaves)
+        if gaussian is None:
+            value = log_density(target, leaves, batch)
+        else:
+            value = target.log_likelihood(leaves, batch)
+            value = value if batch is None else value * (len(target.data) / len(batch))
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()))
     value, gradient = value.detach(), torch.cat([piece.flatten(1) for piece in gradients], 1)
     if gaussian is None:

@@ -44,7 +44,11 @@ class Method(Protocol):
         ...
 
     def result(self, target: Any, state: Any, draws: dict[str, Tensor], infos: dict[str, Tensor]) -> Any:
-        """The answer: ``draws`` and ``infos`` are stacked over (kept) steps along a new first dimension."""
+        """The answer: ``draws`` are stacked along a new first dimension, and so are ``infos``.
+
+        There is one row of infos for each draw, averaged over the steps since the draw before; for a method that keeps no
+        draws, one for each thousandth of the run.
+        """
         ...
 
 
@@ -76,25 +80,26 @@ def run(
     generator = torch.Generator().manual_seed(seed)
     state = method.init(target, generator)
     identity = {"method": describe(method), "target": getattr(target, "fingerprint", ""), "seed": seed}
-    trace: list[dict[str, Tensor]] = []
+    trace = _Trace(max(1, method.num_steps // 1000))
     kept: list[dict[str, Tensor]] = []
     start = 0
     if checkpoint is not None and Path(checkpoint).exists():
-        state, trace, kept, start = _resume(checkpoint, identity, state, generator)
+        state, kept, start = _resume(checkpoint, identity, state, generator, trace)
 
     def save(index: int) -> None:
         if checkpoint is not None:
             tensors = {"generator": generator.get_state()} | flatten(state, "state")
-            tensors |= {f"trace.{name}": values for name, values in _stack(trace).items()}
+            tensors |= {f"trace.{name}": values for name, values in _stack(trace.rows).items()}
+            tensors |= {f"block.{name}": values for name, values in trace.block.items()}
             tensors |= {f"kept.{name}": values for name, values in _stack(kept).items()}
-            write_tensors(checkpoint, tensors, identity | {"step": index})
+            write_tensors(checkpoint, tensors, identity | {"step": index, "block": trace.length})
 
     bar = tqdm(total=method.num_steps, initial=start, disable=not progress, desc=type(method).__name__)
     with bar, _deferred_interrupt() as interrupted:
         for index in range(start, method.num_steps):
             state, info = method.step(target, state, generator)
-            trace.append(flatten(info))
             draw = method.keep(state, index)
+            trace.add(flatten(info), draw is not None, first=not kept)
             if draw is not None:
                 kept.append(draw)
             for callback in callbacks:
@@ -105,9 +110,30 @@ def run(
             if interrupted():
                 raise KeyboardInterrupt(f"stopped after step {index + 1} of {method.num_steps}")
             if progress and (last or index % 10 == 0):
-                bar.set_postfix({name: f"{value.double().mean():.3g}" for name, value in trace[-1].items()})
+                bar.set_postfix({name: f"{value.double().mean():.3g}" for name, value in flatten(info).items()})
             bar.update()
-    return method.result(target, state, _stack(kept), _stack(trace))
+    return method.result(target, state, _stack(kept), _stack(trace.rows))
+
+
+class _Trace:
+    """Infos averaged over blocks of steps, so that what is stored grows with the draws and not with the steps."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+        self.rows: list[dict[str, Tensor]] = []
+        self.block: dict[str, Tensor] = {}
+        self.length = 0
+
+    def add(self, info: dict[str, Tensor], kept: bool, first: bool) -> None:
+        """Take in a step's info; ``kept``: it gave a draw, ``first``: no step before it did."""
+        if kept and first:  # what came before was warm-up
+            self.rows, self.length = [], 0
+        self.block = {name: self.block[name] + value for name, value in info.items()} if self.length else info
+        self.length += 1
+        if kept or (first and self.length == self.stride):
+            row = {name: value / self.length for name, value in self.block.items()} if self.length > 1 else self.block
+            self.rows.append(row)
+            self.block, self.length = {}, 0
 
 
 @contextmanager
@@ -134,8 +160,8 @@ def _unstack(stacked: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _resume(
-    path: str | Path, identity: dict[str, Any], state: Any, generator: torch.Generator
-) -> tuple[Any, list[dict[str, Tensor]], list[dict[str, Tensor]], int]:
+    path: str | Path, identity: dict[str, Any], state: Any, generator: torch.Generator, trace: _Trace
+) -> tuple[Any, list[dict[str, Tensor]], int]:
     tensors, description = read_tensors(path)
     for key, value in identity.items():
         if description.get(key) != value:
@@ -144,10 +170,11 @@ def _resume(
                 f"this run's is {value!r}. Use another file, or delete this one to start afresh."
             )
     generator.set_state(tensors["generator"])
-    parts: dict[str, dict[str, Tensor]] = {"trace": {}, "kept": {}}
+    parts: dict[str, dict[str, Tensor]] = {"trace": {}, "block": {}, "kept": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         if part in parts:
             parts[part][rest] = tensor
     state = unflatten(tensors, state, "state")
-    return state, _unstack(parts["trace"]), _unstack(parts["kept"]), int(description["step"])
+    trace.rows, trace.block, trace.length = _unstack(parts["trace"]), parts["block"], int(description["block"])
+    return state, _unstack(parts["kept"]), int(description["step"])

@@ -9,8 +9,11 @@ from oracles import LinearGaussian, grid_moments, with_intercept, z_score
 from bayesnn import likelihoods, networks, priors
 from bayesnn.data import BayesnnWarning, Data
 from bayesnn.inference import HMC, FunctionTarget, NetworkTarget, run
-from bayesnn.inference.flat import log_density_and_gradient
+from bayesnn.inference.flat import density_of
 from bayesnn.inference.mcmc.adaptation import DualAveraging, Welford, window_ends
+from bayesnn.inference.mcmc.chain import Point, start
+from bayesnn.inference.mcmc.hmc import hmc_move, leapfrog
+from bayesnn.inference.mcmc.mass import Diagonal
 
 
 def linear_model(temperature=1.0, d=3, n=30, noise_std=0.5):
@@ -112,35 +115,29 @@ def test_learned_noise_is_sampled_with_the_weights():
     assert_moments(posterior, draws, mean, covariance)
 
 
-def started(num_chains=3, **options):
+def started(num_chains=3):
     target, _ = linear_model()
-    method = HMC(num_chains=num_chains, **options)
-    return target, method, method.init(target, torch.Generator().manual_seed(0))
-
-
-def energy(target, position, momentum, inverse_mass):
-    log_density, _ = log_density_and_gradient(target, position)
-    return 0.5 * (momentum.square() * inverse_mass).sum(-1) - log_density
+    density = density_of(target)
+    position = torch.randn(num_chains, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return density, start(density, position)
 
 
 def test_leapfrog_is_reversible_and_keeps_volume():
-    target, method, state = started()
-    state = state._replace(inverse_mass=torch.tensor([[0.5, 1.0, 2.0, 3.0]]).double())
+    density, point = started()
+    mass = Diagonal(torch.tensor([[0.5, 1.0, 2.0, 3.0]]).double())
     momentum = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     step = torch.tensor([0.005, 0.01, 0.03]).double()
-    position, momentum_there, log_density, gradient = method._leapfrog(target, state, momentum, step, 7)
-    there = state._replace(position=position, log_density=log_density, gradient=gradient)
-    back, momentum_back, log_density_back, _ = method._leapfrog(target, there, -momentum_there, step, 7)
-    torch.testing.assert_close(back, state.position, rtol=0, atol=1e-10)
+    there, momentum_there = leapfrog(density, point, momentum, step, mass, 7)
+    back, momentum_back = leapfrog(density, there, -momentum_there, step, mass, 7)
+    torch.testing.assert_close(back.position, point.position, rtol=0, atol=1e-10)
     torch.testing.assert_close(-momentum_back, momentum, rtol=0, atol=1e-10)
-    torch.testing.assert_close(log_density_back, state.log_density)
+    torch.testing.assert_close(back.log_density, point.log_density)
 
     # The map is linear on a Gaussian target: its Jacobian's columns are differences.
     def end(z):
-        log_density, gradient = log_density_and_gradient(target, z[:, :4])
-        here = state._replace(position=z[:, :4], log_density=log_density, gradient=gradient)
-        position, momentum, _, _ = method._leapfrog(target, here, z[:, 4:], step[:1].expand(len(z)), 7)
-        return torch.cat([position, momentum], 1)
+        here = Point(z[:, :4], *density(z[:, :4]))
+        there, momentum = leapfrog(density, here, z[:, 4:], step[:1].expand(len(z)), mass, 7)
+        return torch.cat([there.position, momentum], 1)
 
     origin = torch.zeros(1, 8, dtype=torch.float64)
     jacobian = end(torch.eye(8, dtype=torch.float64)) - end(origin)
@@ -148,24 +145,26 @@ def test_leapfrog_is_reversible_and_keeps_volume():
 
 
 def test_energy_error_shrinks_with_the_square_of_the_step_size():
-    target, method, state = started()
+    density, point = started()
+    mass = Diagonal(torch.ones(1, 4).double())
     momentum = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    before = energy(target, state.position, momentum, state.inverse_mass)
+    before = mass.kinetic(momentum) - point.log_density
     errors = []
     for halvings in range(4):  # the same time each
         step = torch.full((3,), 0.004 / 2**halvings).double()
-        position, end, _, _ = method._leapfrog(target, state, momentum, step, 8 * 2**halvings)
-        errors.append((energy(target, position, end, state.inverse_mass) - before).abs().max())
+        there, end = leapfrog(density, point, momentum, step, mass, 8 * 2**halvings)
+        errors.append((mass.kinetic(end) - there.log_density - before).abs().max())
     ratios = torch.stack(errors[:-1]) / torch.stack(errors[1:])
     assert ((ratios > 3.6) & (ratios < 4.4)).all(), ratios
 
 
 def test_momentum_matches_the_mass():
-    """With no step at all, the energy after the draw of a momentum is chi-squared with P degrees of freedom."""
-    target, method, state = started(num_chains=2000, num_leapfrog=1, initial_step_size=1e-8, num_warmup=0)
-    state = state._replace(inverse_mass=torch.tensor([[1e-4, 1.0, 2.0, 300.0]]).double())
-    _, info = method.step(target, state, torch.Generator().manual_seed(1))
-    kinetic = info.energy + state.log_density
+    """With next to no step, the energy after the draw of a momentum is chi-squared with P degrees of freedom."""
+    density, point = started(num_chains=2000)
+    mass = Diagonal(torch.tensor([[1e-4, 1.0, 2.0, 300.0]]).double())
+    step_size = torch.full((2000,), 1e-8).double()
+    point, info = hmc_move(density, point, step_size, mass, torch.Generator().manual_seed(1), 1)
+    kinetic = info.energy + point.log_density
     assert abs(z_score(2 * kinetic[:, None], 4.0)) < 4 and abs(kinetic.mul(2).var() - 8) < 4 * math.sqrt(2000) / 50
 
 
@@ -226,10 +225,10 @@ def test_warm_up_freezes_and_reaches_its_goal():
     frozen, _ = states[299]
     for state, info in states[300:]:
         assert torch.equal(info.step_size, frozen.step_size.log_average.exp())
-        assert torch.equal(state.inverse_mass, frozen.inverse_mass)
+        assert torch.equal(state.mass.inverse, frozen.mass.inverse)
     assert not torch.equal(states[250][1].step_size, states[251][1].step_size)
     assert 0.7 < posterior.statistics["acceptance"].mean() < 0.95
-    ratio = frozen.inverse_mass[0] / oracle.covariance.diagonal()
+    ratio = frozen.mass.inverse[0] / oracle.covariance.diagonal()
     assert ((ratio > 0.7) & (ratio < 1.4)).all(), ratio
 
 
@@ -248,7 +247,7 @@ def test_any_length_of_warm_up_leaves_a_sane_step_size(num_warmup):
     log_step_size, proposed = info.step_size.log(), torch.stack(proposed)
     assert (log_step_size >= proposed.amin(0) - 1e-9).all() and (log_step_size <= proposed.amax(0) + 1e-9).all()
     if num_warmup < 20:  # too few to learn a mass from
-        assert torch.equal(state.inverse_mass, torch.ones_like(state.inverse_mass))
+        assert torch.equal(state.mass.inverse, torch.ones_like(state.mass.inverse))
     ends = window_ends(num_warmup)
     assert ends == sorted(set(ends)) and all(0 < end <= num_warmup for end in ends)
 
@@ -273,7 +272,7 @@ def test_draws_are_chain_by_chain():
     target, _ = linear_model()
     kept = []
     method = HMC(num_chains=3, num_warmup=20, num_draws=5, num_leapfrog=2)
-    posterior = run(method, target, callbacks=[lambda index, state, info: kept.append(state.position)])
+    posterior = run(method, target, callbacks=[lambda index, state, info: kept.append(state.point.position)])
     chains = torch.stack(kept[20:], 1)  # (chains, draws, P)
     weights = posterior.by_chain(posterior.parameters["network.layers.0.weight"]).flatten(2)
     assert torch.equal(weights, chains[..., :3]) and len(posterior) == 15

@@ -85,9 +85,10 @@ def test_what_the_loop_hands_over():
     seen = []
     state, draws, infos = run(Count(), None, seed=3, callbacks=[lambda index, state, info: seen.append((index, info))])
     assert [index for index, _ in seen] == list(range(10))
-    assert torch.equal(infos["draw"], torch.stack([info.draw for _, info in seen]))
-    torch.testing.assert_close(state.total, infos["draw"].sum().expand(2))
-    torch.testing.assert_close(draws["total"][:, 0], infos["draw"].cumsum(0)[1::2])
+    each = torch.stack([info.draw for _, info in seen])
+    torch.testing.assert_close(infos["draw"], torch.cat([each[1:2], each[2:].reshape(4, 2).mean(1)]))
+    torch.testing.assert_close(state.total, each.sum().expand(2))
+    torch.testing.assert_close(draws["total"][:, 0], each.cumsum(0)[1::2])
     same, _, _ = run(Count(), None, seed=3, progress=True)
     other, _, _ = run(Count(), None, seed=4)
     assert torch.equal(state.total, same.total) and not torch.equal(state.total, other.total)

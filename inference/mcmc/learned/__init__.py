@@ -1,0 +1,1 @@
+"""Metropolis–Hastings with proposals that were learned beforehand on a distribution of models."""
