@@ -211,7 +211,7 @@ def test_an_interrupted_process_leaves_what_another_goes_on_from(tmp_path):
 
     def fit(checkpoint=None):
         def follow(index, state, info):
-            steps.append((index, state.position.clone()))
+            steps.append((index, state.point.position.clone()))
             if index == reached + 20:
                 raise Stop
 
