@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,14 @@ def unravel(flat: Tensor, shapes: dict[str, torch.Size]) -> Parameters:
 
 def density_of(target: Target) -> Density:
     """The target's full-data log density as a function of flat positions."""
-    return lambda position: log_density_and_gradient(target, position)
+    compiled: Density | None = getattr(target, "density", None)
+    return compiled or partial(log_density_and_gradient, target)
+
+
+def fused(density: Density, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(density, ...)`` as a function of its other arguments: one program, where the density is compiled."""
+    fuse: Callable[[Callable[..., Any]], Callable[..., Any]] | None = getattr(density, "fuse", None)
+    return partial(function, density) if fuse is None else fuse(function)
 
 
 def log_density_and_gradient(target: Target, position: Tensor, batch: Data | None = None) -> tuple[Tensor, Tensor]:
@@ -36,16 +45,28 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
     The pieces of the position are leaves by themselves: differentiating through the flat vector would write a padded
     copy of it for every tensor. A prior that is Gaussian in every parameter is added in closed form.
     """
+    compiled: Callable[..., tuple[Tensor, Tensor]] | None = getattr(target, "log_density_and_gradient", None)
+    if compiled is not None:
+        return compiled(position, batch)
     leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
-    gaussian = target.flat_gaussian_prior
     with torch.enable_grad():
-        if gaussian is None:
-            value = log_density(target, leaves, batch)
-        else:
-            value = target.log_likelihood(leaves, batch)
-            value = value if batch is None else value * (len(target.data) / len(batch))
+        value = without_gaussian_prior(target, leaves, batch)
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()))
-    value, gradient = value.detach(), torch.cat([piece.flatten(1) for piece in gradients], 1)
+    gradient = torch.cat([piece.flatten(1) for piece in gradients], 1)
+    return with_gaussian_prior(target, position, value.detach(), gradient)
+
+
+def without_gaussian_prior(target: Target, parameters: Parameters, batch: Data | None) -> Tensor:
+    """The part of the log density that is to be differentiated, (C,): all of it, or the likelihood alone."""
+    if target.flat_gaussian_prior is None:
+        return log_density(target, parameters, batch)
+    value = target.log_likelihood(parameters, batch)
+    return value if batch is None else value * (len(target.data) / len(batch))
+
+
+def with_gaussian_prior(target: Target, position: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Add what :func:`without_gaussian_prior` left out, in closed form."""
+    gaussian = target.flat_gaussian_prior
     if gaussian is None:
         return value, gradient
     centred = position - gaussian.loc

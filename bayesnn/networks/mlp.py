@@ -51,7 +51,18 @@ class MLP(Configured, nn.Module):
         """
         names = [f"layers.{index}" for index, layer in enumerate(self.layers) if isinstance(layer, nn.Linear)]
         tensors = [parameters[f"{name}.{kind}"] for name in names for kind in ("weight", "bias")]
+        if torch.compiler.is_compiling():  # a compiler writes the backward itself, and fuses it
+            return _plain_members(X, self.activation, tensors)
         return _Members.apply(X, self.activation, *tensors)
+
+
+def _plain_members(X: Tensor, activation: str, tensors: Sequence[Tensor]) -> Tensor:
+    value = X.mT.expand(tensors[0].shape[0], -1, -1)
+    for weight, bias in zip(tensors[:-2:2], tensors[1:-2:2], strict=True):
+        value = weight @ value + bias.unsqueeze(-1)
+        # torch's tanh is slow on a CPU, compiled or not.
+        value = 2 * torch.sigmoid(2 * value) - 1 if activation == "tanh" else ACTIVATIONS[activation]()(value)
+    return (tensors[-2] @ value + tensors[-1].unsqueeze(-1)).mT
 
 
 class _Members(torch.autograd.Function):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesnn.inference.flat import Density
+from bayesnn.inference.flat import Density, fused
 from bayesnn.inference.mcmc.chain import MarkovChain, MoveInfo, Point, accept
 from bayesnn.inference.mcmc.mass import Mass
 
@@ -70,10 +70,14 @@ def leapfrog(
     density: Density, point: Point, momentum: Tensor, step_size: Tensor, mass: Mass, num_steps: int
 ) -> tuple[Point, Tensor]:
     """``num_steps`` leapfrog steps of every chain: the end point and its momentum; step_size is (C,)."""
-    step = step_size.unsqueeze(-1)
-    momentum = momentum + 0.5 * step * point.gradient
-    for remaining in range(num_steps - 1, -1, -1):
-        position = point.position + step * mass.velocity(momentum)
-        point = Point(position, *density(position))
-        momentum = momentum + (step if remaining else 0.5 * step) * point.gradient
+    step, leapfrog_step = step_size.unsqueeze(-1), fused(density, _leapfrog_step)
+    for _ in range(num_steps):
+        point, momentum = leapfrog_step(point, momentum, step, mass)
     return point, momentum
+
+
+def _leapfrog_step(density: Density, point: Point, momentum: Tensor, step: Tensor, mass: Mass) -> tuple[Point, Tensor]:
+    momentum = momentum + 0.5 * step * point.gradient
+    position = point.position + step * mass.velocity(momentum)
+    point = Point(position, *density(position))
+    return point, momentum + 0.5 * step * point.gradient
