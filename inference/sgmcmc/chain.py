@@ -1,0 +1,274 @@
+r"""Stochastic-gradient Markov chains: what all samplers without an acceptance step share.
+
+A sampler is one function, its *update*: from the chains' variables (positions, momenta …), an estimate of the gradient of
+the log density at the positions, a step size and standard normal noise to the new variables. It is made of tensor
+operations alone, so that it can be compiled, and so that its stationary law can be read off it. :class:`SGMCMC` makes a
+method of an update.
+
+No step is rejected: the law is that of the discretised chain, stated for each sampler, which differs from the posterior by
+an order of the step size, plus what the minibatches' noise adds. All chains see the same minibatch, so that a network runs
+on one batch for all of them; each chain's law is right, but chains share the gradients' noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesnn.configured import Configured
+from bayesnn.data import Data
+from bayesnn.inference.draws import WeightPosterior
+from bayesnn.inference.flat import log_density_and_gradient, ravel, unravel
+from bayesnn.inference.sgmcmc.control_variates import Anchor, Gradient, around, plain
+from bayesnn.inference.sgmcmc.minibatches import Minibatches, draw_rows
+from bayesnn.inference.sgmcmc.preconditioners import RMS
+from bayesnn.inference.sgmcmc.schedules import Constant, Schedule
+from bayesnn.inference.target import Target
+
+Variables = dict[str, Tensor]
+Update = Callable[[Variables, Tensor, Tensor, Tensor, Tensor], Variables]
+
+
+class SGMCMCState(NamedTuple):
+    """The chains' variables, each with C rows; minibatch steps taken; and what the run remembers beside them."""
+
+    variables: Variables
+    num_updates: Tensor
+    minibatches: Minibatches
+    second_moment: Tensor
+    anchor: Anchor
+
+
+@dataclass(frozen=True)
+class SGMCMC(Configured, ABC):
+    """A method made of an update; see the samplers for the arguments."""
+
+    num_chains: int = 4
+    num_burn_in: int = 2000
+    num_draws: int = 200
+    thinning: int = 10
+    step_size: float | Schedule = 1e-3
+    batch_size: int | None = 32
+    replacement: bool = False
+    preconditioner: RMS | None = None
+    control_variates: bool = False
+
+    num_noises: ClassVar[int] = 1
+    """How many standard normal (C, P) an update takes."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_chains", "num_draws", "thinning"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.num_burn_in < 0:
+            raise ValueError(f"num_burn_in must be at least 0, found {self.num_burn_in}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 or None, found {self.batch_size}")
+        if self.preconditioner is not None and self.num_burn_in == 0:
+            raise ValueError("num_burn_in must be at least 1 with a preconditioner, which learns in it, found 0")
+        self.schedule.check(self.thinning)
+
+    @abstractmethod
+    def initial_variables(self, position: Tensor, generator: torch.Generator) -> Variables:
+        """All variables at positions (C, P): ``position`` itself, and others at their stationary law."""
+
+    @abstractmethod
+    def update(
+        self, variables: Variables, gradient: Tensor, step_size: Tensor, scale: Tensor, noise: Tensor
+    ) -> Variables:
+        """One step of every chain; no random draws and no branches on values.
+
+        Args:
+            variables: each with C rows, ``position`` (C, P) among them.
+            gradient: an estimate of the gradient of the log density at the positions, (C, P).
+            step_size: a scalar.
+            scale: S, where S^2 is the diagonal metric: (C, P), or (1, 1) of ones.
+            noise: standard normal, (num_noises, C, P).
+        """
+
+    def statistics(self, variables: Variables) -> dict[str, Tensor]:
+        """What else to report of a step, each (C,)."""
+        return {}
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The step size as a function of the step."""
+        return self.step_size if isinstance(self.step_size, Schedule) else Constant(self.step_size)
+
+    @property
+    def num_burn_in_steps(self) -> int:
+        """Calls of ``step`` that burn in: each takes ``thinning`` minibatch steps."""
+        return -(-self.num_burn_in // self.thinning)
+
+    @cached_property
+    def num_steps(self) -> int:
+        """Calls of ``step`` until the last draw is kept."""
+        index, kept = 0, 0
+        while kept < self.num_draws:
+            kept += self._keeps(index)
+            index += 1
+        return index
+
+    def _keeps(self, index: int) -> bool:
+        return index >= self.num_burn_in_steps and self.schedule.sampling((index + 1) * self.thinning - 1)
+
+    def init(self, target: Target, generator: torch.Generator) -> SGMCMCState:
+        """Chains at the target's initial points.
+
+        Raises:
+            ValueError: if a batch size is asked of a target without data, or the gradient isn't finite at these points.
+        """
+        num_rows = len(target.data)
+        if self.batch_size is not None and num_rows == 0:
+            raise ValueError(f"batch_size must be None for a target without data, found {self.batch_size}")
+        position = ravel(target.initial(self.num_chains, generator))
+        if not bool(torch.isfinite(log_density_and_gradient(target, position)[1]).all()):
+            raise ValueError("the gradient of the log density isn't finite at the initial points")
+        empty = position[:, :0]
+        return SGMCMCState(
+            self.initial_variables(position, generator),
+            torch.zeros((), dtype=torch.long),
+            Minibatches.start(num_rows, self._batch_size(num_rows), self.replacement),
+            empty if self.preconditioner is None else torch.zeros_like(position),
+            Anchor(position, torch.zeros_like(position)) if self.control_variates else Anchor(empty, empty),
+        )
+
+    def _batch_size(self, num_rows: int) -> int:
+        return num_rows if self.batch_size is None else min(self.batch_size, num_rows)
+
+    def step(
+        self, target: Target, state: SGMCMCState, generator: torch.Generator
+    ) -> tuple[SGMCMCState, dict[str, Tensor]]:
+        """``thinning`` minibatch steps of every chain.
+
+        Raises:
+            ValueError: if a chain left the finite numbers.
+        """
+        if not self.control_variates:
+            return self.advance(plain(target), target.data, state, generator)
+        index = int(state.num_updates) // self.thinning
+        state = state._replace(anchor=self._anchor(target, state, index))
+        burning_in = index < self.num_burn_in_steps
+        gradient = plain(target) if burning_in else around(target, state.anchor)
+        return self.advance(gradient, target.data, state, generator)
+
+    def _anchor(self, target: Target, state: SGMCMCState, index: int) -> Anchor:
+        """The mean position over the second half of burn-in, and at the end of it the full gradient there."""
+        first, last = self.num_burn_in_steps // 2, self.num_burn_in_steps
+        if not first <= index <= last:
+            return state.anchor
+        mean = torch.lerp(state.anchor.position, state.variables["position"], 1 / (index - first + 1))
+        gradient = log_density_and_gradient(target, mean)[1] if index == last else state.anchor.gradient
+        return Anchor(mean, gradient)
+
+    def advance(
+        self, gradient: Gradient, data: Data, state: SGMCMCState, generator: torch.Generator
+    ) -> tuple[SGMCMCState, dict[str, Tensor]]:
+        """``thinning`` minibatch steps of every chain with any estimate of the gradient.
+
+        Raises:
+            ValueError: if a chain left the finite numbers.
+        """
+        first = int(state.num_updates)
+        steps = range(first, first + self.thinning)
+        variables = state.variables
+        if self.schedule.restarts(first):
+            variables = self.initial_variables(variables["position"], generator)
+        minibatches, batches = self._batches(data, state.minibatches, generator)
+        step_sizes = variables["position"].new_tensor([self.schedule(step) for step in steps])
+        metric = Metric(self.preconditioner, state.second_moment, first, self.num_burn_in_steps * self.thinning)
+        noises = (self._noise(variables["position"], step, generator) for step in steps)
+        variables, slope = follow(self.update, gradient, variables, batches, step_sizes, metric, noises)
+        self._check_finite(variables, first)
+        num_updates = state.num_updates + self.thinning
+        state = SGMCMCState(variables, num_updates, minibatches, metric.second_moment, state.anchor)
+        return state, self._info(variables, slope, step_sizes[-1])
+
+    def _batches(
+        self, data: Data, minibatches: Minibatches, generator: torch.Generator
+    ) -> tuple[Minibatches, Iterable[Data | None]]:
+        num_rows, batch_size = len(data), self._batch_size(len(data))
+        if batch_size == num_rows:
+            return minibatches, [None] * self.thinning
+        minibatches, rows = draw_rows(minibatches, num_rows, batch_size, self.thinning, generator)
+        return minibatches, (Data(data.X[batch], data.Y[batch]) for batch in rows.to(data.X.device))
+
+    def _noise(self, position: Tensor, step: int, generator: torch.Generator) -> Tensor:
+        shape = (self.num_noises, *position.shape)
+        if not self.schedule.noisy(step):
+            return position.new_zeros(shape)
+        return torch.randn(shape, generator=generator, dtype=position.dtype, device=generator.device).to(
+            position.device
+        )
+
+    def _check_finite(self, variables: Variables, first: int) -> None:
+        finite = torch.stack([torch.isfinite(values).all(-1) for values in variables.values()]).all(0)
+        if not bool(finite.all()):
+            raise ValueError(
+                f"{type(self).__name__}: {int((~finite).sum())} of {self.num_chains} chains left the finite numbers in "
+                f"minibatch steps {first} to {first + self.thinning - 1}, at step size {self.schedule(first):.3g}. "
+                "Use a smaller step_size"
+            )
+
+    def _info(self, variables: Variables, gradient: Tensor, step_size: Tensor) -> dict[str, Tensor]:
+        """Of the last minibatch step, each (C,)."""
+        info = {"mean_squared_gradient": gradient.square().mean(-1), "step_size": step_size.expand(self.num_chains)}
+        return info | self.statistics(variables)
+
+    def keep(self, state: SGMCMCState, index: int) -> dict[str, Tensor] | None:
+        """The positions after burn-in, where the schedule samples."""
+        return {"position": state.variables["position"]} if self._keeps(index) else None
+
+    def result(
+        self, target: Target, state: SGMCMCState, draws: dict[str, Tensor], infos: dict[str, Tensor]
+    ) -> WeightPosterior:
+        """The draws of all chains, chain by chain, weighted by their step sizes if the schedule says so."""
+        position = draws["position"].transpose(0, 1).flatten(0, 1)
+        log_weights = None
+        if self.schedule.weighs_draws:
+            kept = [index for index in range(self.num_steps) if self._keeps(index)]
+            sizes = position.new_tensor([self.schedule((index + 1) * self.thinning - 1) for index in kept])
+            log_weights = sizes.log().repeat(self.num_chains)
+        return WeightPosterior(unravel(position, target.shapes()), self.num_chains, log_weights, infos)
+
+
+class Metric:
+    """The scale S at each step: learned by the preconditioner for the first ``num_adapting`` steps, and frozen then."""
+
+    def __init__(self, preconditioner: RMS | None, second_moment: Tensor, num_updates: int, num_adapting: int) -> None:
+        self.preconditioner, self.second_moment = preconditioner, second_moment
+        self.num_updates, self.num_adapting = min(num_updates, num_adapting), num_adapting
+        if preconditioner is None:
+            self.scale = second_moment.new_ones(1, 1)
+        else:
+            self.scale = preconditioner.scale(second_moment, self.num_updates)
+
+    def observe(self, gradient: Tensor) -> Tensor:
+        """The scale for a step with this gradient."""
+        if self.preconditioner is not None and self.num_updates < self.num_adapting:
+            self.num_updates += 1
+            self.second_moment = self.preconditioner.update(self.second_moment, gradient)
+            self.scale = self.preconditioner.scale(self.second_moment, self.num_updates)
+        return self.scale
+
+
+def follow(
+    update: Update,
+    gradient: Gradient,
+    variables: Variables,
+    batches: Iterable[Data | None],
+    step_sizes: Tensor,
+    metric: Metric,
+    noises: Iterable[Tensor],
+) -> tuple[Variables, Tensor]:
+    """The inner loop: one update for each minibatch; also the last gradient."""
+    for batch, step_size, noise in zip(batches, step_sizes, noises, strict=True):
+        slope = gradient(variables["position"], batch)
+        variables = update(variables, slope, step_size, metric.observe(slope), noise)
+    return variables, slope
