@@ -5,21 +5,26 @@ from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles import DeepEnsemble
 from bayesnn.inference.mcmc import HMC
 from bayesnn.inference.run import Method, run
-from bayesnn.inference.sgmcmc import RMS, SGHMC, SGLD
+from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial
 from bayesnn.inference.target import FunctionTarget, NetworkTarget, Target
 from bayesnn.inference.vi import MeanField
 
 __all__ = [
+    "BAOAB",
     "HMC",
     "RMS",
     "SGHMC",
     "SGLD",
+    "SGNHT",
     "Compiled",
+    "Cosine",
+    "Cyclical",
     "DeepEnsemble",
     "FunctionTarget",
     "MeanField",
     "Method",
     "NetworkTarget",
+    "Polynomial",
     "Target",
     "WeightPosterior",
     "run",

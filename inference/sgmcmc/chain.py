@@ -200,12 +200,8 @@ class SGMCMC(Configured, ABC):
         return minibatches, (Data(data.X[batch], data.Y[batch]) for batch in rows.to(data.X.device))
 
     def _noise(self, position: Tensor, step: int, generator: torch.Generator) -> Tensor:
-        shape = (self.num_noises, *position.shape)
-        if not self.schedule.noisy(step):
-            return position.new_zeros(shape)
-        return torch.randn(shape, generator=generator, dtype=position.dtype, device=generator.device).to(
-            position.device
-        )
+        shape = torch.Size([self.num_noises, *position.shape])
+        return standard_normal(shape, position, generator) if self.schedule.noisy(step) else position.new_zeros(shape)
 
     def _check_finite(self, variables: Variables, first: int) -> None:
         finite = torch.stack([torch.isfinite(values).all(-1) for values in variables.values()]).all(0)
@@ -256,6 +252,11 @@ class Metric:
             self.second_moment = self.preconditioner.update(self.second_moment, gradient)
             self.scale = self.preconditioner.scale(self.second_moment, self.num_updates)
         return self.scale
+
+
+def standard_normal(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of the type, and where, ``like`` is."""
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
 
 
 def follow(

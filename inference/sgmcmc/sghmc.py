@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesnn.inference.sgmcmc.chain import SGMCMC, Variables
+from bayesnn.inference.sgmcmc.chain import SGMCMC, Variables, standard_normal
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class SGHMC(SGMCMC):
 
     def initial_variables(self, position: Tensor, generator: torch.Generator) -> Variables:
         """Momenta at N(0, m)."""
-        noise = torch.randn(position.shape, generator=generator, dtype=position.dtype, device=generator.device)
-        return {"position": position, "momentum": self.mass**0.5 * noise.to(position.device)}
+        momentum = self.mass**0.5 * standard_normal(position.shape, position, generator)
+        return {"position": position, "momentum": momentum}
 
     def statistics(self, variables: Variables) -> dict[str, Tensor]:
         """The kinetic temperature: 1 when momenta follow their law."""
