@@ -100,3 +100,30 @@ def z_score(samples: Tensor, truth: Tensor | float, effective_size: Tensor | flo
     count = samples.shape[0] if effective_size is None else effective_size
     error = samples.std(0) / torch.as_tensor(count, dtype=samples.dtype).sqrt()
     return (samples.mean(0) - truth) / error.clamp_min(1e-300)
+
+
+def affine_map(step: Callable[[Tensor, Tensor], Tensor], size: int, num_noises: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A, b, B of a step x -> A x + b + B z that maps rows x (n, size) and z (n, num_noises) to (n, size), by unit vectors."""
+    x, z = torch.eye(size, dtype=torch.float64), torch.eye(num_noises, dtype=torch.float64)
+    b = step(torch.zeros_like(x[:1]), torch.zeros_like(z[:1]))
+    A = step(x, torch.zeros(size, num_noises, dtype=torch.float64)) - b
+    B = step(torch.zeros(num_noises, size, dtype=torch.float64), z) - b
+    return A.mT, b.squeeze(0), B.mT
+
+
+def stationary_law(A: Tensor, b: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the stationary law of x' = A x + b + noise of covariance Q: the discrete Lyapunov equation.
+
+    With A (k, d, d) and b (k, d), each step takes one of k equally likely maps at random.
+    """
+    A, b = A.reshape(-1, *A.shape[-2:]), b.reshape(-1, b.shape[-1])
+    size = A.shape[-1]
+    assert torch.linalg.eigvals(A.mean(0)).abs().max() < 1
+    identity = torch.eye(size, dtype=A.dtype)
+    mean = torch.linalg.solve(identity - A.mean(0), b.mean(0))
+    moved = A @ mean + b - mean  # where the mean goes, relative to it
+    spread = Q + (moved[:, :, None] * moved[:, None, :]).mean(0)
+    kronecker = torch.stack([torch.kron(a.contiguous(), a.contiguous()) for a in A]).mean(0)
+    assert torch.linalg.eigvals(kronecker).abs().max() < 1
+    square = torch.eye(size**2, dtype=A.dtype) - kronecker
+    return mean, torch.linalg.solve(square, spread.flatten()).reshape(size, size)
