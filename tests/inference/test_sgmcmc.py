@@ -1,0 +1,342 @@
+"""The loop around the updates: it draws from the law that the updates have, and resumes where it was."""
+
+import arviz
+import pytest
+import torch
+from oracles import LinearGaussian, affine_map, stationary_law, with_intercept, z_score
+
+from bayesnn import likelihoods, networks, priors
+from bayesnn.bnn import BNN
+from bayesnn.data import Data
+from bayesnn.inference import (
+    BAOAB,
+    RMS,
+    SGHMC,
+    SGLD,
+    SGNHT,
+    Cosine,
+    Cyclical,
+    FunctionTarget,
+    NetworkTarget,
+    Polynomial,
+    run,
+)
+from bayesnn.inference.flat import log_density_and_gradient, ravel
+
+PRECISION = torch.tensor([[2.0, 1.2, 0.0], [1.2, 3.0, -0.7], [0.0, -0.7, 0.8]], dtype=torch.float64)
+MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+
+def gaussian(dtype=torch.float64):
+    def log_density(parameters):
+        centred = parameters["x"] - MEAN.to(dtype)
+        return -0.5 * (centred @ PRECISION.to(dtype) * centred).sum(-1)
+
+    def initial(count, generator):
+        return {"x": torch.randn(count, 3, generator=generator, dtype=dtype)}
+
+    return FunctionTarget(log_density, initial)
+
+
+def line(num_rows=6, temperature=1.0, noise_std=0.7):
+    """A straight line through a few points: positions are (slope, intercept)."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(num_rows, 1, generator=generator, dtype=torch.float64)
+    y = 2 * X[:, 0] - 0.5 + noise_std * torch.randn(num_rows, generator=generator, dtype=torch.float64)
+    oracle = LinearGaussian(with_intercept(X), y, noise_std, torch.tensor([2.0, 1.5]).double(), temperature)
+    network, prior = networks.mlp(1, 1, hidden=()), priors.Normal(scale=2.0, bias_scale=1.5)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    target = NetworkTarget(
+        network, likelihoods.Gaussian(noise_std=noise_std), prior, Data(X, y[:, None]), one, temperature
+    )
+    return target, oracle
+
+
+def assert_law(draws, mean, covariance):
+    """Draws (draws, chains, P) that may be dependent along both: tested by the effective size of the chains' average."""
+    centred = draws - mean
+    squares = (centred[..., :, None] * centred[..., None, :]).flatten(-2)
+    for values, truth in ((draws, mean), (squares, covariance.flatten())):
+        series = values.mean(1)
+        sizes = torch.tensor([float(arviz.ess(column[None].numpy(), method="mean")) for column in series.T])
+        assert sizes.min() > 30
+        z = z_score(series, truth, sizes)
+        assert z.abs().max() < 4, z
+
+
+def draws_of(posterior):
+    """(draws, chains, P)."""
+    return posterior.by_chain(ravel(posterior.parameters)).transpose(0, 1)
+
+
+def widened(factor):
+    return torch.linalg.inv(PRECISION - factor * PRECISION @ PRECISION)
+
+
+SETTINGS = {"num_chains": 300, "num_burn_in": 300, "num_draws": 150, "thinning": 20, "batch_size": None}
+
+
+@pytest.mark.parametrize(
+    "sampler,covariance",
+    [
+        (SGLD(step_size=0.3, **SETTINGS), widened(0.15)),
+        (SGHMC(step_size=0.5, friction=1.4, **SETTINGS), widened(0.25 / (4 - 2 * 0.7))),
+        (SGHMC(step_size=Cosine(0.2, 0.5, 300), friction=1.4, **SETTINGS), widened(0.25 / (4 - 2 * 0.7))),
+        (BAOAB(step_size=0.8, **SETTINGS), torch.linalg.inv(PRECISION)),
+        (BAOAB(step_size=0.8, preconditioner=RMS(), **SETTINGS), torch.linalg.inv(PRECISION)),
+        (SGNHT(step_size=0.2, **SETTINGS), torch.linalg.inv(PRECISION)),
+    ],
+    ids=["SGLD", "SGHMC", "SGHMC-schedule", "BAOAB", "BAOAB-RMS", "SGNHT"],
+)
+def test_draws_follow_the_law_of_the_update(sampler, covariance):
+    posterior = run(sampler, gaussian(), seed=1)
+    draws = draws_of(posterior)
+    assert draws.shape == (150, 300, 3)
+    skip = 10 if sampler.preconditioner else 0  # the chain whose metric adapts has another law, soon forgotten
+    assert_law(draws[skip:], MEAN, covariance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("sampler", [SGLD, SGHMC, BAOAB])
+def test_minibatches_with_replacement_have_the_law_of_random_maps(sampler, temperature):
+    # One row a step, drawn independently: the update is one of N affine maps at random, and its law is known exactly.
+    target, oracle = line(temperature=temperature)
+    step_size = {SGLD: 0.01, SGHMC: 0.04, BAOAB: 0.04}[sampler] * temperature ** (1 if sampler is SGLD else 0.5)
+    method = sampler(
+        num_chains=100, num_burn_in=300, num_draws=900, thinning=5, step_size=step_size, batch_size=1, replacement=True
+    )
+    names = list(method.initial_variables(torch.zeros(1, 2, dtype=torch.float64), torch.Generator()))
+    maps = []
+    for row in range(6):
+        batch = Data(target.data.X[row : row + 1], target.data.Y[row : row + 1])
+
+        def step(x, z, batch=batch):
+            variables = dict(zip(names, x.split(2, 1), strict=True))
+            gradient = log_density_and_gradient(target, variables["position"], batch)[1]
+            size, scale = torch.tensor(step_size, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+            return torch.cat(list(method.update(variables, gradient, size, scale, z[None]).values()), 1)
+
+        maps.append(affine_map(step, 2 * len(names), 2))
+    A, b, B = (torch.stack(values) for values in zip(*maps, strict=True))
+    mean, covariance = stationary_law(A, b, B[0] @ B[0].mT)
+    torch.testing.assert_close(mean[:2], oracle.mean)
+    # The minibatches' share is there to be seen.
+    assert (covariance.diagonal()[:2] / oracle.covariance.diagonal()).min() > 1.1
+    draws = draws_of(run(method, target, seed=2))
+    assert_law(draws, mean[:2], covariance[:2, :2])
+
+
+def test_control_variates_take_the_minibatches_noise_away():
+    target, oracle = line(num_rows=60)
+    settings = {
+        "num_chains": 50,
+        "num_burn_in": 1000,
+        "num_draws": 200,
+        "step_size": 0.02,
+        "batch_size": 8,
+        "friction": 5.0,
+    }
+    excess = []
+    for control_variates in (False, True):
+        posterior = run(BAOAB(control_variates=control_variates, **settings), target, seed=1)
+        variance = draws_of(posterior).flatten(0, 1).var(0)
+        excess.append(float((variance / oracle.covariance.diagonal()).mean()) - 1)
+    assert excess[0] > 0.2 and abs(excess[1]) < 0.07, excess
+
+
+def test_the_thermostat_takes_unknown_noise_away():
+    target, sampler = gaussian(), SGNHT(step_size=0.1, friction=0.5, **(SETTINGS | {"thinning": 40}))
+    generator, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    std = 4.0
+
+    def gradient(position, batch):
+        exact = log_density_and_gradient(target, position)[1]
+        return exact + std * torch.randn(exact.shape, generator=noise, dtype=exact.dtype)
+
+    state, positions, thermostats = sampler.init(target, generator), [], []
+    for index in range(150):
+        state, info = sampler.advance(gradient, target.data, state, generator)
+        if index >= 40:
+            positions.append(state.variables["position"])
+            thermostats.append(info["thermostat"])
+    assert_law(torch.stack(positions), MEAN, torch.linalg.inv(PRECISION))
+    # The noise amounts to B = step_size std^2 / 2 = 0.8.
+    assert float(torch.stack(thermostats).mean()) == pytest.approx(0.5 + 0.8, abs=0.05)
+
+
+def test_the_thermostat_keeps_the_kinetic_temperature():
+    sampler = SGNHT(step_size=0.4, **SETTINGS)
+    posterior = run(sampler, gaussian(), seed=1)
+    assert float(posterior.statistics["kinetic_temperature"].mean()) == pytest.approx(1.0, abs=0.03)
+
+
+METHODS = {
+    "sgld-rms": SGLD(preconditioner=RMS()),
+    "sghmc": SGHMC(step_size=0.01),
+    "sghmc-control-variates": SGHMC(step_size=0.01, control_variates=True),
+    "sghmc-cyclical": SGHMC(step_size=Cyclical(0.01, 20, exploration=0.5)),
+    "sgnht": SGNHT(step_size=0.01),
+    "baoab-replacement": BAOAB(step_size=0.01, replacement=True),
+    "sgld-polynomial": SGLD(step_size=Polynomial(0.01)),
+}
+SHORT = {"num_chains": 2, "num_burn_in": 60, "num_draws": 8, "thinning": 5, "batch_size": 7}
+
+
+def short(name):
+    return type(METHODS[name])(**(METHODS[name]._arguments | SHORT))
+
+
+def network(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(20, 2, generator=generator, dtype=torch.float64).to(dtype)
+    data = Data(X, X.sum(-1, keepdim=True).tanh())
+    return NetworkTarget(
+        networks.mlp(2, 1, hidden=(5,)), likelihoods.Gaussian(), priors.Normal(), data, torch.ones(1, 1)
+    )
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("stop", [4, 11, 12, 15])
+def test_resumed_equals_uninterrupted_bit_for_bit(name, stop, tmp_path):
+    # 2 batches to an epoch and 5 steps to a call: all but every other of these is in the middle of an epoch.
+    def interrupt(index, state, info):
+        if index == stop:
+            raise Stop
+
+    whole = run(short(name), network(), seed=3)
+    with pytest.raises(Stop):
+        run(short(name), network(), seed=3, checkpoint=tmp_path / "a", checkpoint_every=1, callbacks=[interrupt])
+    steps = []
+    resumed = run(
+        short(name), network(), seed=3, checkpoint=tmp_path / "a", callbacks=[lambda index, *_: steps.append(index)]
+    )
+    assert steps[0] == stop
+    for group in ("parameters", "statistics"):
+        for key, values in getattr(whole, group).items():
+            assert torch.equal(values, getattr(resumed, group)[key]), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_single_precision_agrees(name):
+    # The generators' numbers differ between types, so that a few steps are fed the same by hand.
+    single = run(short(name), network(torch.float32), seed=3)
+    for values in single.parameters.values():
+        assert values.dtype == torch.float32 and bool(torch.isfinite(values).all())
+    for values in single.statistics.values():
+        assert values.shape == (8, 2)
+
+
+def test_a_batch_of_all_rows_or_more_is_the_full_data():
+    runs = [run(SGHMC(step_size=0.01, **(SHORT | {"batch_size": size})), network(), seed=1) for size in (None, 20, 50)]
+    for other in runs[1:]:
+        for name, values in runs[0].parameters.items():
+            assert torch.equal(values, other.parameters[name])
+
+
+def test_counts_and_statistics():
+    sampler = SGHMC(num_chains=3, num_burn_in=11, num_draws=4, thinning=5, step_size=0.01, batch_size=7)
+    assert sampler.num_burn_in_steps == 3 and sampler.num_steps == 7
+    infos = []
+    posterior = run(sampler, network(), seed=1, callbacks=[lambda index, state, info: infos.append(info)])
+    assert len(posterior) == 12 and posterior.num_chains == 3 and posterior.log_weights is None
+    assert set(posterior.statistics) == {"mean_squared_gradient", "step_size", "kinetic_temperature"}
+    for name, values in posterior.statistics.items():
+        assert torch.equal(values, torch.stack([info[name] for info in infos[3:]]))
+    assert torch.equal(posterior.statistics["step_size"], torch.full((4, 3), 0.01, dtype=torch.float64))
+
+
+def test_polynomial_schedules_weigh_the_draws():
+    schedule = Polynomial(0.01, b=3.0)
+    sampler = SGLD(num_chains=2, num_burn_in=10, num_draws=4, thinning=5, step_size=schedule, batch_size=7)
+    posterior = run(sampler, network(), seed=1)
+    expected = torch.tensor([schedule(step) for step in (14, 19, 24, 29)] * 2, dtype=torch.float64)
+    torch.testing.assert_close(posterior.log_weights.exp(), expected)
+    torch.testing.assert_close(posterior.statistics["step_size"][:, 0], expected[:4])
+
+
+def test_cycles_explore_without_noise_and_restart_the_momentum():
+    sampler = SGHMC(
+        num_chains=2, num_burn_in=0, num_draws=6, thinning=5, step_size=Cyclical(0.01, 20, 0.5), batch_size=None
+    )
+    target, states = network(), []
+    posterior = run(sampler, target, seed=1, callbacks=[lambda index, state, info: states.append(state)])
+    assert len(states) == 12 and len(posterior) == 12
+    # Calls 0 and 1 of each cycle of 4 explore; what is kept comes from 2 and 3.
+    kept = torch.stack([states[index].variables["position"] for index in (2, 3, 6, 7, 10, 11)])
+    assert torch.equal(draws_of(posterior), kept)
+    # Exploration is a deterministic function of the momentum that a cycle starts with.
+    variables = states[4].variables
+    for step in range(25, 30):
+        gradient = log_density_and_gradient(target, variables["position"])[1]
+        size, one = torch.tensor(sampler.schedule(step), dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        variables = sampler.update(variables, gradient, size, one, torch.zeros(1, *gradient.shape, dtype=torch.float64))
+    torch.testing.assert_close(variables["position"], states[5].variables["position"], rtol=1e-12, atol=1e-12)
+    # Ending at a step size near zero with friction, a momentum is carried over unless it is drawn afresh.
+    carried = states[3].variables["momentum"]
+    after = states[4].variables["momentum"]
+    assert not torch.allclose(carried, after, atol=0.1)
+
+
+def test_chains_that_leave_the_finite_numbers_stop_the_run_and_leave_the_checkpoint(tmp_path):
+    sampler = SGLD(num_chains=3, num_burn_in=0, num_draws=300, thinning=5, step_size=30.0, batch_size=None)
+    states = []
+    with pytest.raises(
+        ValueError, match=r"SGLD: \d of 3 chains left the finite numbers in minibatch steps \d+ to \d+"
+    ) as error:
+        run(
+            sampler,
+            gaussian(),
+            checkpoint=tmp_path / "a",
+            checkpoint_every=1,
+            callbacks=[lambda index, state, info: states.append(state)],
+        )
+    assert "at step size 30. Use a smaller step_size" in str(error.value)
+    assert all(bool(torch.isfinite(state.variables["position"]).all()) for state in states)
+    with pytest.raises(ValueError, match="left the finite numbers"):  # it goes on from the last finite state
+        run(sampler, gaussian(), checkpoint=tmp_path / "a", callbacks=[lambda *_: pytest.fail("repeated a step")])
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: SGLD(num_chains=0), "num_chains must be at least 1, found 0"),
+        (lambda: SGLD(num_draws=0), "num_draws must be at least 1"),
+        (lambda: SGLD(thinning=0), "thinning must be at least 1"),
+        (lambda: SGLD(num_burn_in=-1), "num_burn_in must be at least 0, found -1"),
+        (lambda: SGLD(batch_size=0), "batch_size must be at least 1 or None, found 0"),
+        (lambda: SGHMC(friction=0.0), "friction must be positive, found 0.0"),
+        (lambda: SGHMC(mass=-1.0), "mass must be positive, found -1.0"),
+        (lambda: SGHMC(friction=20.0, step_size=0.1), r"friction must be below mass / step_size = 10, .* found 20.0"),
+        (lambda: SGHMC(gradient_variance=20.0, step_size=0.1), r"gradient_variance must lie in \[0, .* = \[0, 20\)"),
+        (lambda: SGHMC(gradient_variance=-1.0), "gradient_variance must lie in"),
+        (lambda: SGHMC(friction=20.0, step_size=Cyclical(0.1, 20)), "friction must be below mass / step_size = 10"),
+        (lambda: SGNHT(friction=-1.0), "friction must be positive, found -1.0"),
+        (lambda: BAOAB(friction=0.0), "friction must be positive, found 0.0"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_targets_that_dont_fit():
+    generator = torch.Generator()
+    with pytest.raises(ValueError, match="batch_size must be None for a target without data, found 32"):
+        SGLD().init(gaussian(), generator)
+    broken = FunctionTarget(lambda p: p["x"].log().sum(-1), lambda count, g: {"x": torch.zeros(count, 2)})
+    with pytest.raises(ValueError, match="gradient of the log density isn't finite at the initial points"):
+        SGLD(batch_size=None).init(broken, generator)
+
+
+def test_as_a_model_s_method():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.rand(40, 1, generator=generator, dtype=torch.float64) * 4
+    Y = X.sin() + 0.1 * torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    method = SGHMC(num_chains=4, num_burn_in=1000, num_draws=20, step_size=5e-3, friction=10.0, batch_size=16)
+    model = BNN(networks.mlp(1, 1, hidden=(20,)), method=method).fit(X, Y)
+    prediction = model.predict(X)
+    assert float((prediction.mean - X.sin()).square().mean().sqrt()) < 0.2
