@@ -65,6 +65,11 @@ class Compiled:
             return self.compile(self._of_batch)(position, batch.X, batch.Y)
 
     @property
+    def minibatch_gradient(self) -> CompiledGradient:
+        """The gradient's estimate from a minibatch as a function of flat positions and the batch."""
+        return CompiledGradient(self)
+
+    @property
     def density(self) -> CompiledDensity:
         """The full-data log density as a function of flat positions."""
         return CompiledDensity(self)
@@ -82,6 +87,10 @@ class Compiled:
         gradient, (_, value) = torch.func.grad_and_value(summed, has_aux=True)(position)
         return with_gaussian_prior(self.target, position, value, gradient)
 
+    def traceable_gradient(self, position: Tensor, batch: Data | None) -> Tensor:
+        """The gradient alone, as plain operations."""
+        return self.traceable(position, batch)[1]
+
 
 class CompiledDensity:
     """A compiled density, which can be fused with what is done around it."""
@@ -97,6 +106,27 @@ class CompiledDensity:
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function(density, ...)`` as one compiled program of its other arguments."""
         program = self._target.compile(function, self._target.traceable)
+
+        def fused(*arguments: Any) -> Any:
+            with torch.no_grad():
+                return program(*arguments)
+
+        return fused
+
+
+class CompiledGradient:
+    """A compiled estimate of the gradient, which can be fused with what is done around it."""
+
+    def __init__(self, target: Compiled) -> None:
+        self._target = target
+
+    def __call__(self, position: Tensor, batch: Data | None) -> Tensor:
+        """The gradient's estimate, (C, P)."""
+        return self._target.log_density_and_gradient(position, batch)[1]
+
+    def fuse(self, function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+        """``function(gradient, *first, ...)`` as one compiled program of its other arguments."""
+        program = self._target.compile(function, self._target.traceable_gradient, *first)
 
         def fused(*arguments: Any) -> Any:
             with torch.no_grad():

@@ -57,7 +57,7 @@ class MLP(Configured, nn.Module):
 
 
 def _plain_members(X: Tensor, activation: str, tensors: Sequence[Tensor]) -> Tensor:
-    value = X.mT.expand(tensors[0].shape[0], -1, -1)
+    value = X.mT  # shared by all members, so that their first layers are one product
     for weight, bias in zip(tensors[:-2:2], tensors[1:-2:2], strict=True):
         value = weight @ value + bias.unsqueeze(-1)
         # torch's tanh is slow on a CPU, compiled or not.

@@ -12,8 +12,8 @@ on one batch for all of them; each chain's law is right, but chains share the gr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -26,13 +26,12 @@ from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.flat import log_density_and_gradient, ravel, unravel
 from bayesnn.inference.sgmcmc.control_variates import Anchor, Gradient, around, plain
+from bayesnn.inference.sgmcmc.inner_loop import Variables, chunk_size, core_for_noise, follow, noise_for
 from bayesnn.inference.sgmcmc.minibatches import Minibatches, draw_rows
-from bayesnn.inference.sgmcmc.preconditioners import RMS
+from bayesnn.inference.sgmcmc.noise import start_stream
+from bayesnn.inference.sgmcmc.preconditioners import RMS, Metric
 from bayesnn.inference.sgmcmc.schedules import Constant, Schedule
 from bayesnn.inference.target import Target
-
-Variables = dict[str, Tensor]
-Update = Callable[[Variables, Tensor, Tensor, Tensor, Tensor], Variables]
 
 
 class SGMCMCState(NamedTuple):
@@ -41,6 +40,7 @@ class SGMCMCState(NamedTuple):
     variables: Variables
     num_updates: Tensor
     minibatches: Minibatches
+    noise: Tensor
     second_moment: Tensor
     anchor: Anchor
 
@@ -135,6 +135,7 @@ class SGMCMC(Configured, ABC):
             self.initial_variables(position, generator),
             torch.zeros((), dtype=torch.long),
             Minibatches.start(num_rows, self._batch_size(num_rows), self.replacement),
+            start_stream(generator),
             empty if self.preconditioner is None else torch.zeros_like(position),
             Anchor(position, torch.zeros_like(position)) if self.control_variates else Anchor(empty, empty),
         )
@@ -175,33 +176,43 @@ class SGMCMC(Configured, ABC):
         Raises:
             ValueError: if a chain left the finite numbers.
         """
+        with core_for_noise(gradient):
+            return self._advance(gradient, data, state, generator)
+
+    def _advance(
+        self, gradient: Gradient, data: Data, state: SGMCMCState, generator: torch.Generator
+    ) -> tuple[SGMCMCState, dict[str, Tensor]]:
         first = int(state.num_updates)
-        steps = range(first, first + self.thinning)
-        variables = state.variables
+        variables, stream = state.variables, state.noise
         if self.schedule.restarts(first):
             variables = self.initial_variables(variables["position"], generator)
-        minibatches, batches = self._batches(data, state.minibatches, generator)
-        step_sizes = variables["position"].new_tensor([self.schedule(step) for step in steps])
+        minibatches, rows = self._rows(data, state.minibatches, generator)
+        step_sizes = variables["position"].new_tensor([self.schedule(first + step) for step in range(self.thinning)])
         metric = Metric(self.preconditioner, state.second_moment, first, self.num_burn_in_steps * self.thinning)
-        noises = (self._noise(variables["position"], step, generator) for step in steps)
-        variables, slope = follow(self.update, gradient, variables, batches, step_sizes, metric, noises)
+        shape = (self.num_noises, *variables["position"].shape)
+        size = chunk_size(self.thinning, math.prod(shape))
+        for index in range(0, self.thinning, size):
+            now, later = self._noisy(first + index, size), self._noisy(first + index + size, size)
+            noises, stream = noise_for(gradient, stream, shape, now, later, variables["position"])
+            chunk = slice(index, index + size)
+            batches = None if rows is None else Data(data.X[rows[chunk]], data.Y[rows[chunk]])
+            variables, slope = follow(self.update, gradient, variables, batches, step_sizes[chunk], metric, noises)
         self._check_finite(variables, first)
         num_updates = state.num_updates + self.thinning
-        state = SGMCMCState(variables, num_updates, minibatches, metric.second_moment, state.anchor)
+        state = SGMCMCState(variables, num_updates, minibatches, stream, metric.second_moment, state.anchor)
         return state, self._info(variables, slope, step_sizes[-1])
 
-    def _batches(
+    def _rows(
         self, data: Data, minibatches: Minibatches, generator: torch.Generator
-    ) -> tuple[Minibatches, Iterable[Data | None]]:
+    ) -> tuple[Minibatches, Tensor | None]:
         num_rows, batch_size = len(data), self._batch_size(len(data))
         if batch_size == num_rows:
-            return minibatches, [None] * self.thinning
+            return minibatches, None
         minibatches, rows = draw_rows(minibatches, num_rows, batch_size, self.thinning, generator)
-        return minibatches, (Data(data.X[batch], data.Y[batch]) for batch in rows.to(data.X.device))
+        return minibatches, rows.to(data.X.device)
 
-    def _noise(self, position: Tensor, step: int, generator: torch.Generator) -> Tensor:
-        shape = torch.Size([self.num_noises, *position.shape])
-        return standard_normal(shape, position, generator) if self.schedule.noisy(step) else position.new_zeros(shape)
+    def _noisy(self, first: int, count: int) -> list[bool]:
+        return [self.schedule.noisy(step) for step in range(first, first + count)]
 
     def _check_finite(self, variables: Variables, first: int) -> None:
         finite = torch.stack([torch.isfinite(values).all(-1) for values in variables.values()]).all(0)
@@ -234,42 +245,6 @@ class SGMCMC(Configured, ABC):
         return WeightPosterior(unravel(position, target.shapes()), self.num_chains, log_weights, infos)
 
 
-class Metric:
-    """The scale S at each step: learned by the preconditioner for the first ``num_adapting`` steps, and frozen then."""
-
-    def __init__(self, preconditioner: RMS | None, second_moment: Tensor, num_updates: int, num_adapting: int) -> None:
-        self.preconditioner, self.second_moment = preconditioner, second_moment
-        self.num_updates, self.num_adapting = min(num_updates, num_adapting), num_adapting
-        if preconditioner is None:
-            self.scale = second_moment.new_ones(1, 1)
-        else:
-            self.scale = preconditioner.scale(second_moment, self.num_updates)
-
-    def observe(self, gradient: Tensor) -> Tensor:
-        """The scale for a step with this gradient."""
-        if self.preconditioner is not None and self.num_updates < self.num_adapting:
-            self.num_updates += 1
-            self.second_moment = self.preconditioner.update(self.second_moment, gradient)
-            self.scale = self.preconditioner.scale(self.second_moment, self.num_updates)
-        return self.scale
-
-
 def standard_normal(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal numbers of the type, and where, ``like`` is."""
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
-
-
-def follow(
-    update: Update,
-    gradient: Gradient,
-    variables: Variables,
-    batches: Iterable[Data | None],
-    step_sizes: Tensor,
-    metric: Metric,
-    noises: Iterable[Tensor],
-) -> tuple[Variables, Tensor]:
-    """The inner loop: one update for each minibatch; also the last gradient."""
-    for batch, step_size, noise in zip(batches, step_sizes, noises, strict=True):
-        slope = gradient(variables["position"], batch)
-        variables = update(variables, slope, step_size, metric.observe(slope), noise)
-    return variables, slope

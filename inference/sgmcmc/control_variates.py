@@ -35,7 +35,8 @@ class Anchor(NamedTuple):
 
 def plain(target: Target) -> Gradient:
     """The minibatch gradient, scaled up to all data."""
-    return lambda position, batch: log_density_and_gradient(target, position, batch)[1]
+    compiled: Gradient | None = getattr(target, "minibatch_gradient", None)
+    return compiled or (lambda position, batch: log_density_and_gradient(target, position, batch)[1])
 
 
 def around(target: Target, anchor: Anchor) -> Gradient:

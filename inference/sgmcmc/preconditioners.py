@@ -56,3 +56,28 @@ class RMS(Configured, saved_as="RMSPreconditioner"):
         root = (second_moment / (1 - self.decay**num_updates)).sqrt()
         bounded = root + self.floor * root.mean(-1, keepdim=True)
         return bounded.clamp_min(torch.finfo(root.dtype).tiny).rsqrt()
+
+
+class Metric:
+    """The scale S at each step: learned by the preconditioner for the first ``num_adapting`` steps, and frozen then."""
+
+    def __init__(self, preconditioner: RMS | None, second_moment: Tensor, num_updates: int, num_adapting: int) -> None:
+        self.preconditioner, self.second_moment = preconditioner, second_moment
+        self.num_updates, self.num_adapting = min(num_updates, num_adapting), num_adapting
+        if preconditioner is None:
+            self.scale = second_moment.new_ones(1, 1)
+        else:
+            self.scale = preconditioner.scale(second_moment, self.num_updates)
+
+    @property
+    def adapting(self) -> bool:
+        """Whether the next gradient will change it."""
+        return self.preconditioner is not None and self.num_updates < self.num_adapting
+
+    def observe(self, gradient: Tensor) -> Tensor:
+        """The scale for a step with this gradient."""
+        if self.preconditioner is not None and self.adapting:
+            self.num_updates += 1
+            self.second_moment = self.preconditioner.update(self.second_moment, gradient)
+            self.scale = self.preconditioner.scale(self.second_moment, self.num_updates)
+        return self.scale
