@@ -70,13 +70,14 @@ def leapfrog(
     density: Density, point: Point, momentum: Tensor, step_size: Tensor, mass: Mass, num_steps: int
 ) -> tuple[Point, Tensor]:
     """``num_steps`` leapfrog steps of every chain: the end point and its momentum; step_size is (C,)."""
-    step, leapfrog_step = step_size.unsqueeze(-1), fused(density, _leapfrog_step)
+    step, one_step = step_size.unsqueeze(-1), fused(density, leapfrog_step)
     for _ in range(num_steps):
-        point, momentum = leapfrog_step(point, momentum, step, mass)
+        point, momentum = one_step(point, momentum, step, mass)
     return point, momentum
 
 
-def _leapfrog_step(density: Density, point: Point, momentum: Tensor, step: Tensor, mass: Mass) -> tuple[Point, Tensor]:
+def leapfrog_step(density: Density, point: Point, momentum: Tensor, step: Tensor, mass: Mass) -> tuple[Point, Tensor]:
+    """One leapfrog step of every chain; step is (C, 1), negative to go back in time."""
     momentum = momentum + 0.5 * step * point.gradient
     position = point.position + step * mass.velocity(momentum)
     point = Point(position, *density(position))
