@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import arviz
 import numpy as np
 import torch
 from torch import Tensor
+
+from bayesnn.inference.draws import WeightPosterior
 
 
 @dataclass(frozen=True)
@@ -127,3 +130,9 @@ def stationary_law(A: Tensor, b: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     assert torch.linalg.eigvals(kronecker).abs().max() < 1
     square = torch.eye(size**2, dtype=A.dtype) - kronecker
     return mean, torch.linalg.solve(square, spread.flatten()).reshape(size, size)
+
+
+def effective_sizes(posterior: WeightPosterior, values: Tensor) -> Tensor:
+    """How many independent draws would give the mean of each column of values (S, k) as precisely, (k,)."""
+    array = posterior.by_chain(values).numpy()
+    return torch.tensor([float(arviz.ess(array[..., j], method="mean")) for j in range(array.shape[-1])])

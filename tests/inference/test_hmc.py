@@ -1,10 +1,9 @@
 import math
 import warnings
 
-import arviz
 import pytest
 import torch
-from oracles import LinearGaussian, grid_moments, with_intercept, z_score
+from oracles import LinearGaussian, effective_sizes, grid_moments, with_intercept, z_score
 
 from bayesnn import likelihoods, networks, priors
 from bayesnn.data import BayesnnWarning, Data
@@ -39,11 +38,6 @@ def linear_model(temperature=1.0, d=3, n=30, noise_std=0.5):
 def flat_draws(posterior):
     """(S, p): weights, then the bias."""
     return torch.cat([posterior.parameters[f"network.layers.0.{name}"].flatten(1) for name in ("weight", "bias")], 1)
-
-
-def effective_sizes(posterior, values):
-    array = posterior.by_chain(values).numpy()
-    return torch.tensor([float(arviz.ess(array[..., j], method="mean")) for j in range(array.shape[-1])])
 
 
 def assert_moments(posterior, draws, mean, covariance):
