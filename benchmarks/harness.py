@@ -60,8 +60,8 @@ def row(
     }
 
 
-def write(name: str, rows: list[dict[str, Any]], peer_versions: dict[str, str]) -> None:
-    """Print the table and write ``benchmarks/results/NAME.json``."""
+def write(name: str, rows: list[dict[str, Any]], peer_versions: dict[str, str], **notes: Any) -> None:
+    """Print the table and write ``benchmarks/results/NAME.json``, with notes (settings, say) before the rows."""
     print(f"{'case':44} {'metric':22} {'ours':>12} {'peer':>12} {'ratio':>7}  peer")
     for line in rows:
         print(
@@ -72,6 +72,7 @@ def write(name: str, rows: list[dict[str, Any]], peer_versions: dict[str, str]) 
         "versions": {package: version(package) for package in OUR_PACKAGES} | peer_versions,
         "machine": {"processor": _processor(), "system": platform.system()},
         "date": datetime.date.today().isoformat(),
+        **notes,
         "rows": rows,
     }
     path = FOLDER / "results" / f"{name}.json"
