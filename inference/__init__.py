@@ -3,15 +3,17 @@
 from bayesnn.inference.compiled import Compiled
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles import DeepEnsemble
-from bayesnn.inference.mcmc import HMC
+from bayesnn.inference.mcmc import HMC, NUTS
 from bayesnn.inference.run import Method, run
 from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial
 from bayesnn.inference.target import FunctionTarget, NetworkTarget, Target
 from bayesnn.inference.vi import MeanField
+from bayesnn.inference.warm_start import WarmStarted
 
 __all__ = [
     "BAOAB",
     "HMC",
+    "NUTS",
     "RMS",
     "SGHMC",
     "SGLD",
@@ -26,6 +28,7 @@ __all__ = [
     "NetworkTarget",
     "Polynomial",
     "Target",
+    "WarmStarted",
     "WeightPosterior",
     "run",
 ]

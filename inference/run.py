@@ -126,7 +126,9 @@ class _Trace:
 
     def add(self, info: dict[str, Tensor], kept: bool, first: bool) -> None:
         """Take in a step's info; ``kept``: it gave a draw, ``first``: no step before it did."""
-        if kept and first:  # what came before was warm-up
+        last = self.block if self.length else self.rows[-1] if self.rows else info
+        changed = last.keys() != info.keys()
+        if changed or (kept and first):  # what came before was another phase, or warm-up
             self.rows, self.length = [], 0
         self.block = {name: self.block[name] + value for name, value in info.items()} if self.length else info
         self.length += 1
