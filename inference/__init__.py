@@ -3,7 +3,7 @@
 from bayesnn.inference.compiled import Compiled
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles import DeepEnsemble
-from bayesnn.inference.mcmc import HMC, NUTS
+from bayesnn.inference.mcmc import HMC, MALA, MCLMC, NUTS, AdjustedMCLMC, RandomWalk
 from bayesnn.inference.run import Method, run
 from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial
 from bayesnn.inference.target import FunctionTarget, NetworkTarget, Target
@@ -13,11 +13,14 @@ from bayesnn.inference.warm_start import WarmStarted
 __all__ = [
     "BAOAB",
     "HMC",
+    "MALA",
+    "MCLMC",
     "NUTS",
     "RMS",
     "SGHMC",
     "SGLD",
     "SGNHT",
+    "AdjustedMCLMC",
     "Compiled",
     "Cosine",
     "Cyclical",
@@ -27,6 +30,7 @@ __all__ = [
     "Method",
     "NetworkTarget",
     "Polynomial",
+    "RandomWalk",
     "Target",
     "WarmStarted",
     "WeightPosterior",

@@ -140,15 +140,20 @@ class MarkovChain(Configured, ABC):
     ) -> WeightPosterior:
         """The draws of all chains, chain by chain; warns if more than 1 % of them diverged."""
         position = draws["position"].transpose(0, 1).flatten(0, 1)
-        share = float(infos["diverging"].mean())
-        if share > 0.01:
-            warnings.warn(
-                f"{type(self).__name__}: {share:.1%} of the trajectories after warm-up diverged; the draws may miss parts of "
-                "the posterior. Raise target_acceptance or num_warmup, or use a prior with lighter tails",
-                BayesnnWarning,
-                stacklevel=2,
-            )
+        warn_of_divergences(type(self).__name__, infos["diverging"], "Raise target_acceptance or num_warmup")
         return WeightPosterior(unravel(position, target.shapes()), self.num_chains, statistics=infos)
+
+
+def warn_of_divergences(name: str, diverging: Tensor, advice: str) -> None:
+    """Warn if more than 1 % of the trajectories diverged."""
+    share = float(diverging.mean())
+    if share > 0.01:
+        warnings.warn(
+            f"{name}: {share:.1%} of the trajectories after warm-up diverged; the draws may miss parts of the posterior. "
+            f"{advice}, or use a prior with lighter tails",
+            BayesnnWarning,
+            stacklevel=3,
+        )
 
 
 def start(density: Density, position: Tensor) -> Point:

@@ -27,6 +27,10 @@ class Mass(Protocol):
         """S z, noise with the shape of the posterior."""
         ...
 
+    def scale_transposed(self, gradient: Tensor) -> Tensor:
+        """S^T g, a gradient in the coordinates S^-1 theta."""
+        ...
+
     def kinetic(self, momentum: Tensor) -> Tensor:
         """r^T M^-1 r / 2, (C,), in float64."""
         ...
@@ -48,6 +52,10 @@ class Diagonal(NamedTuple):
     def scale(self, noise: Tensor) -> Tensor:
         """S z."""
         return self.inverse.sqrt() * noise
+
+    def scale_transposed(self, gradient: Tensor) -> Tensor:
+        """S^T g."""
+        return self.inverse.sqrt() * gradient
 
     def kinetic(self, momentum: Tensor) -> Tensor:
         """r^T M^-1 r / 2, (C,), in float64."""
