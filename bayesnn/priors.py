@@ -62,8 +62,18 @@ class Prior(Configured):
         flat = values.reshape(values.shape[0], -1)
         return (flat - loc if loc else flat), self.scale_of(name, values.shape[1:])
 
+    def sample(
+        self, name: str, shape: torch.Size, count: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> Tensor:
+        """Independent draws of one parameter tensor, (count, *shape)."""
+        standardised = self._standard(torch.Size([count, *shape]), generator).to(dtype)
+        return location(name, shape) + self.scale_of(name, shape) * standardised
+
     def _log_density(self, standardised: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no density")
+
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        raise TypeError(f"{type(self).__name__} can't be drawn from")
 
 
 def location(name: str, shape: torch.Size) -> float:
@@ -85,6 +95,9 @@ class Normal(Prior):
         constant = centred.shape[-1] * (math.log(scale) + 0.5 * math.log(2 * math.pi))
         return -0.5 / scale**2 * centred.square().sum(-1) - constant
 
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class Laplace(Prior):
@@ -92,6 +105,10 @@ class Laplace(Prior):
 
     def _log_density(self, standardised: Tensor) -> Tensor:
         return -standardised.abs() - math.log(2)
+
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        uniform = torch.rand(2, *shape, generator=generator, dtype=torch.float64)
+        return torch.log1p(-uniform[0]) - torch.log1p(-uniform[1])  # a difference of two exponential variables
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,11 @@ class StudentT(Prior, saved_as="StudentTPrior"):
         constant = math.lgamma(half + 0.5) - math.lgamma(half) - 0.5 * math.log(self.df * math.pi)
         return constant - (half + 0.5) * torch.log1p(standardised.square() / self.df)
 
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+        gamma = torch._standard_gamma(torch.full(shape, self.df / 2, dtype=torch.float64), generator=generator)
+        return normal * (self.df / (2 * gamma)).sqrt()
+
 
 @dataclass(frozen=True)
 class Cauchy(Prior):
@@ -117,6 +139,9 @@ class Cauchy(Prior):
 
     def _log_density(self, standardised: Tensor) -> Tensor:
         return -torch.log1p(standardised.square()) - math.log(math.pi)
+
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        return (math.pi * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)).tan()
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,10 @@ class Horseshoe(Prior):
 
     def _log_density(self, standardised: Tensor) -> Tensor:
         return _LogScaledExponentialIntegral.apply(0.5 * standardised.square()) - 0.5 * math.log(2 * math.pi**3)
+
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        local = (0.5 * math.pi * torch.rand(shape, generator=generator, dtype=torch.float64)).tan()
+        return local * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 class _LogScaledExponentialIntegral(torch.autograd.Function):
@@ -181,3 +210,9 @@ class PerLayer(Configured):
     def log_prob(self, name: str, values: Tensor) -> Tensor:
         """log p of one parameter tensor stacked over chains: (C, *shape) -> (C,)."""
         return self.of(name).log_prob(name, values)
+
+    def sample(
+        self, name: str, shape: torch.Size, count: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> Tensor:
+        """Independent draws of one parameter tensor, (count, *shape)."""
+        return self.of(name).sample(name, shape, count, generator, dtype)

@@ -6,6 +6,7 @@ from bayesnn.inference.ensembles import DeepEnsemble
 from bayesnn.inference.mcmc import HMC, MALA, MCLMC, NUTS, AdjustedMCLMC, RandomWalk
 from bayesnn.inference.run import Method, run
 from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial
+from bayesnn.inference.smc import SMC
 from bayesnn.inference.target import FunctionTarget, NetworkTarget, Target
 from bayesnn.inference.vi import MeanField
 from bayesnn.inference.warm_start import WarmStarted
@@ -20,6 +21,7 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SGNHT",
+    "SMC",
     "AdjustedMCLMC",
     "Compiled",
     "Cosine",

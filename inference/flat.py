@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,3 +73,35 @@ def with_gaussian_prior(target: Target, position: Tensor, value: Tensor, gradien
     pull = centred * gaussian.precision
     log_prior = gaussian.log_normaliser - 0.5 * (pull * centred).sum(-1)
     return (value + log_prior) / target.temperature, (gradient - pull) / target.temperature
+
+
+class LogJoint(NamedTuple):
+    """Log prior and log-likelihood, (C,) each, and their gradients, (C, P) each."""
+
+    log_prior: Tensor
+    log_likelihood: Tensor
+    prior_gradient: Tensor
+    likelihood_gradient: Tensor
+
+    def tempered(self, inverse_temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Of p(theta) p(y | theta)^beta: the log density and its gradient."""
+        return (
+            self.log_prior + inverse_temperature * self.log_likelihood,
+            self.prior_gradient + inverse_temperature * self.likelihood_gradient,
+        )
+
+
+def log_joint(target: Target, position: Tensor, log_likelihood: Callable[[Parameters], Tensor]) -> LogJoint:
+    """The log prior and any log-likelihood of the parameters, apart from each other, with their gradients."""
+    parts = []
+    for function in (target.log_prior, log_likelihood):
+        leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
+        with torch.enable_grad():
+            value = function(leaves)
+            if not value.requires_grad:  # a constant
+                parts.append((value, torch.zeros_like(position)))
+                continue
+            gradients = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
+        parts.append((value.detach(), torch.cat([piece.flatten(1) for piece in gradients], 1)))
+    (log_prior, prior_gradient), (likelihood, likelihood_gradient) = parts
+    return LogJoint(log_prior, likelihood, prior_gradient, likelihood_gradient)

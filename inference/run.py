@@ -24,7 +24,10 @@ Callback = Callable[[int, Any, Any], None]
 
 
 class Method(Protocol):
-    """How a posterior is computed: ``num_steps`` calls of ``step``, then ``result``."""
+    """How a posterior is computed: ``num_steps`` calls of ``step``, then ``result``.
+
+    A method that can't know beforehand how many steps it takes has a ``finished(state) -> bool`` too.
+    """
 
     @property
     def num_steps(self) -> int:
@@ -94,6 +97,7 @@ def run(
             tensors |= {f"kept.{name}": values for name, values in _stack(kept).items()}
             write_tensors(checkpoint, tensors, identity | {"step": index, "block": trace.length})
 
+    finished: Callable[[Any], bool] | None = getattr(method, "finished", None)
     bar = tqdm(total=method.num_steps, initial=start, disable=not progress, desc=type(method).__name__)
     with bar, _deferred_interrupt() as interrupted:
         for index in range(start, method.num_steps):
@@ -104,14 +108,16 @@ def run(
                 kept.append(draw)
             for callback in callbacks:
                 callback(index, state, info)
-            last = index + 1 == method.num_steps
+            last = index + 1 == method.num_steps or (finished is not None and finished(state))
             if last or interrupted() or (index + 1) % checkpoint_every == 0:
                 save(index + 1)
-            if interrupted():
+            if interrupted() and not last:
                 raise KeyboardInterrupt(f"stopped after step {index + 1} of {method.num_steps}")
             if progress and (last or index % 10 == 0):
                 bar.set_postfix({name: f"{value.double().mean():.3g}" for name, value in flatten(info).items()})
             bar.update()
+            if last:
+                break
     return method.result(target, state, _stack(kept), _stack(trace.rows))
 
 

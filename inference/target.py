@@ -153,6 +153,18 @@ class NetworkTarget:
                 parameters[name] = location(name, shape) + initialiser.scale_of(name, shape) * noise
         return parameters
 
+    def sample_prior(self, count: int, generator: torch.Generator) -> Parameters:
+        """``count`` independent draws from the prior."""
+        dtype, parameters = self.data.X.dtype, {}
+        for name, shape in self.shapes().items():
+            if name in self.parameter_priors:
+                loc, scale, _ = self.parameter_priors[name]
+                noise = torch.randn((count, *shape), generator=generator, dtype=torch.float64)
+                parameters[name] = (loc + scale * noise).to(dtype)
+            else:
+                parameters[name] = self.prior.sample(name.removeprefix(NETWORK), shape, count, generator, dtype)
+        return parameters
+
     def gaussian_prior(self, name: str) -> tuple[float, float] | None:
         """Mean and standard deviation of a parameter's prior if it is a zero-mean or likelihood Gaussian, else None."""
         if name in self.parameter_priors:
@@ -244,27 +256,49 @@ class FunctionTarget:
     """A plain log density as a target.
 
     Args:
-        log_density: from parameters with a leading dimension, dict of (C, …), to (C,).
+        log_density: from parameters with a leading dimension, dict of (C, …), to (C,). With ``sample_prior``, the
+            log-likelihood alone.
         initial: from (count, generator) to starting points.
+        log_prior: for methods that begin at the prior (SMC), its log density, dict of (C, …) to (C,).
+        sample_prior: from (count, generator) to draws of it.
+
+    Raises:
+        ValueError: if only one of log_prior and sample_prior is given, or the density doesn't give one number for each point.
     """
 
     def __init__(
-        self, log_density: Callable[[Parameters], Tensor], initial: Callable[[int, torch.Generator], Parameters]
+        self,
+        log_density: Callable[[Parameters], Tensor],
+        initial: Callable[[int, torch.Generator], Parameters],
+        log_prior: Callable[[Parameters], Tensor] | None = None,
+        sample_prior: Callable[[int, torch.Generator], Parameters] | None = None,
     ) -> None:
-        self._log_density, self.initial = log_density, initial
+        if (log_prior is None) != (sample_prior is None):
+            raise ValueError("log_prior and sample_prior must be given together, or not at all")
+        self._log_density, self._log_prior, self.initial = log_density, log_prior, initial
+        if sample_prior is not None:
+            self.sample_prior = sample_prior
         self.data, self.temperature = Data(torch.empty(0, 0), torch.empty(0, 0)), 1.0
         self.flat_gaussian_prior: FlatGaussian | None = None
-        self._shapes = {name: values.shape[1:] for name, values in initial(1, torch.Generator()).items()}
+        example = initial(2, torch.Generator())
+        self._shapes = {name: values.shape[1:] for name, values in example.items()}
+        found = log_density(example)
+        if found.shape != (2,):
+            raise ValueError(
+                f"log_density must give one number for each of its points, (C,): found shape {tuple(found.shape)} for C = 2"
+            )
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every parameter, without the leading dimension."""
         return self._shapes
 
     def log_prior(self, parameters: Parameters) -> Tensor:
-        """The whole log density."""
-        return self._log_density(parameters)
+        """The given log prior; else the whole log density."""
+        return (self._log_prior or self._log_density)(parameters)
 
     def log_likelihood(self, parameters: Parameters, batch: Data | None = None) -> Tensor:
-        """Zero: there are no data apart from those inside the density."""
+        """What the log prior leaves of the density: zero if none is given. There are no data but those inside it."""
+        if self._log_prior is not None:
+            return self._log_density(parameters)
         first = next(iter(parameters.values()))
         return first.new_zeros(first.shape[0])

@@ -126,3 +126,7 @@ class StartingAt:
         if found != count:
             raise ValueError(f"initial points are given for {found} chains, but {count} are wanted")
         return self._parameters
+
+    def sample_prior(self, count: int, generator: torch.Generator) -> Parameters:
+        """The given points, for methods that begin at draws from a prior: they are what was known before."""
+        return self.initial(count, generator)

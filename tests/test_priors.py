@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -122,3 +123,22 @@ def test_scales_must_be_positive(options):
 def test_df_must_be_positive():
     with pytest.raises(ValueError, match="df"):
         priors.StudentT(df=0.0)
+
+
+@pytest.mark.parametrize(
+    "prior", [priors.Normal(), priors.Laplace(), priors.StudentT(df=3.0), priors.Cauchy(), priors.Horseshoe()]
+)
+def test_draws_have_the_density(prior):
+    """The share of draws in each of ten intervals is the density's integral."""
+    draws = prior.sample("weight", torch.Size([2, 4]), 5000, torch.Generator().manual_seed(0), torch.float64)
+    assert draws.shape == (5000, 2, 4)
+    flat = draws.flatten().sort().values
+    edges = flat[torch.linspace(0.05, 0.95, 11, dtype=torch.float64).mul(len(flat)).long()]
+    for low, high in pairwise(edges):
+        grid = torch.linspace(0, 1, 4002, dtype=torch.float64)[1:-1] * (high - low) + low
+        scaled = type(prior)(
+            **{**prior._arguments, "scale": prior.scale_of("weight", torch.Size([2, 4])), "fan_in": False}
+        )
+        density = scaled.log_prob("weight", grid.reshape(-1, 1, 1)).exp()
+        share = float(density.mean() * (high - low))
+        assert abs(share - 0.09) < 4 * (0.09 * 0.91 / len(flat)) ** 0.5 + 1e-3, (low, high, share)
