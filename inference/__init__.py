@@ -5,7 +5,7 @@ from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles import DeepEnsemble
 from bayesnn.inference.mcmc import HMC, MALA, MCLMC, NUTS, AdjustedMCLMC, RandomWalk
 from bayesnn.inference.run import Method, run
-from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial
+from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial, Structured
 from bayesnn.inference.smc import SMC
 from bayesnn.inference.target import FunctionTarget, NetworkTarget, Target
 from bayesnn.inference.vi import MeanField
@@ -33,6 +33,7 @@ __all__ = [
     "NetworkTarget",
     "Polynomial",
     "RandomWalk",
+    "Structured",
     "Target",
     "WarmStarted",
     "WeightPosterior",

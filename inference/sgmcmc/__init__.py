@@ -7,6 +7,7 @@ from bayesnn.inference.sgmcmc.schedules import Constant, Cosine, Cyclical, Polyn
 from bayesnn.inference.sgmcmc.sghmc import SGHMC
 from bayesnn.inference.sgmcmc.sgld import SGLD
 from bayesnn.inference.sgmcmc.sgnht import SGNHT
+from bayesnn.inference.sgmcmc.structured import Structured
 
 __all__ = [
     "BAOAB",
@@ -20,4 +21,5 @@ __all__ = [
     "Cyclical",
     "Polynomial",
     "Schedule",
+    "Structured",
 ]

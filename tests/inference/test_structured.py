@@ -1,0 +1,227 @@
+import itertools
+
+import pytest
+import torch
+from oracles import z_score
+
+from bayesnn import likelihoods, networks, priors
+from bayesnn.data import Data
+from bayesnn.inference import BAOAB, HMC, SGHMC, SGLD, DeepEnsemble, FunctionTarget, NetworkTarget, WarmStarted, run
+from bayesnn.inference.sgmcmc.groups import assign
+from bayesnn.inference.sgmcmc.structured import Structured, structured_gradient
+
+PRECISION = torch.tensor([[2.0, 0.6, -0.5], [0.6, 1.5, 0.4], [-0.5, 0.4, 1.0]], dtype=torch.float64)
+MEAN = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+
+def gaussian():
+    def log_density(p):
+        centred = p["x"] - MEAN
+        return -0.5 * ((centred @ PRECISION) * centred).sum(-1)
+
+    return FunctionTarget(log_density, lambda count, generator: {"x": MEAN.expand(count, 3).clone()})
+
+
+def slope(position, batch):
+    return -(position - MEAN) @ PRECISION
+
+
+def network_target():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(30, 2, generator=generator, dtype=torch.float64)
+    return NetworkTarget(
+        networks.mlp(2, 1, hidden=(4,)),
+        likelihoods.Gaussian(),
+        priors.Normal(),
+        Data(X, X.sum(-1, keepdim=True)),
+        torch.ones(1, 1),
+    )
+
+
+def expected_slope(position, past, groups, dropout):
+    """By enumeration of all masks and of all ways to take the groups from the past."""
+    num_groups = int(groups.max()) + 1
+    if dropout is None:
+        masks, weights = torch.eye(num_groups, dtype=torch.bool), torch.ones(num_groups).double()
+    else:
+        masks = torch.tensor(list(itertools.product([False, True], repeat=num_groups)))
+        weights = (masks.double() * dropout + (~masks).double() * (1 - dropout)).prod(-1)
+    ways = torch.tensor(list(itertools.product(range(len(past)), repeat=num_groups)))
+    total = torch.zeros_like(position)
+    for mask, weight in zip(masks, weights, strict=True):
+        for way in ways:
+            one = structured_gradient(
+                slope, position, None, mask.expand(1, 1, -1), past, way.expand(1, 1, -1), groups, dropout
+            )
+            total += weight * one / len(ways)
+    return total
+
+
+@pytest.mark.parametrize("dropout", [None, 1.0, 0.5, 0.2])
+@pytest.mark.parametrize("groups", [[0, 1, 2], [0, 1, 0], [0, 0, 0]])
+def test_the_mean_gradient_is_that_of_the_stated_law(groups, dropout):
+    """With a past whose mean is the posterior's, it is minus the law's precision times the distance: to 1e-10."""
+    groups = torch.tensor(groups)
+    past = MEAN + torch.tensor([[1.0, -0.5, 0.3], [-1.0, 0.5, -0.3]]).double().unsqueeze(1)
+    same = groups[:, None] == groups
+    between = 0.0 if dropout is None else dropout
+    expected = torch.where(same, PRECISION, between * PRECISION)
+    found = torch.cat(
+        [expected_slope((MEAN + row).unsqueeze(0), past, groups, dropout) for row in torch.eye(3).double()]
+    )
+    torch.testing.assert_close(found, -expected, rtol=0, atol=1e-10)
+
+
+def stationary_sgld(precision, step_size):
+    """Of theta <- theta - eps precision theta + sqrt(2 eps) z: precision - eps/2 precision^2, inverted."""
+    return torch.linalg.inv(precision - 0.5 * step_size * precision @ precision)
+
+
+@pytest.mark.parametrize("dropout", [None, 0.5])
+def test_chains_follow_the_stated_law(dropout):
+    """Many chains whose past is fixed at the mean, so that the law is exact; each mask is one noisy gradient."""
+    step_size = 0.02
+    method = Structured(
+        SGLD(num_chains=4000, num_burn_in=400, num_draws=1, thinning=10, step_size=step_size, batch_size=None),
+        groups="parameter",
+        dropout=dropout,
+        num_masks=4,
+        past_size=1,
+        independent_groups=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    state = method.init(gaussian(), generator)
+    for _ in range(40):
+        state, _ = method.step(gaussian(), state._replace(past=MEAN.expand(1, 4000, 3).clone()), generator)
+    draws = state.base.variables["position"] - MEAN
+    diagonal = torch.diag(PRECISION.diagonal())
+    precision = diagonal if dropout is None else diagonal + dropout * (PRECISION - diagonal)
+    covariance = stationary_sgld(precision, step_size)
+    if dropout is not None:
+        # The masks' noise: its covariance Q adds the solution of  A S A^T - S + eps^2 E[Q] = 0, with Q quadratic in theta.
+        covariance = with_mask_noise(precision, step_size, dropout, 4)
+    products = (draws[:, :, None] * draws[:, None, :]).flatten(1)
+    assert z_score(draws, 0.0).abs().max() < 4
+    assert z_score(products, covariance.flatten()).abs().max() < 4
+
+
+def with_mask_noise(precision, step_size, rho, num_masks):
+    """The stationary covariance when slopes are means of L masked ones, by iterating the second moment's linear map."""
+    masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3))).double()
+    weights = (masks * rho + (1 - masks) * (1 - rho)).prod(-1)
+    maps = [mask[:, None] * PRECISION * mask / rho for mask in masks]
+    covariance = torch.linalg.inv(precision)
+    for _ in range(4000):
+        second = sum(w * m @ covariance @ m.T for w, m in zip(weights, maps, strict=True))
+        first = precision @ covariance @ precision
+        slopes = first + (second - first) / num_masks
+        cross = precision @ covariance
+        covariance = (
+            covariance - step_size * (cross + cross.T) + step_size**2 * slopes + 2 * step_size * torch.eye(3).double()
+        )
+    return covariance
+
+
+@pytest.mark.parametrize("base", [SGLD, SGHMC, BAOAB])
+def test_one_group_is_the_base(base):
+    sampler = base(num_chains=2, num_burn_in=6, num_draws=5, thinning=3, step_size=1e-3, batch_size=7)
+    plain = run(sampler, network_target(), seed=1)
+    for options in ({"groups": "random", "num_groups": 1}, {"groups": "neuron", "dropout": 1.0, "num_masks": 1}):
+        one = run(Structured(sampler, independent_groups=False, **options), network_target(), seed=1)
+        for name, values in plain.parameters.items():
+            # The base's start draws from the same generator; its noise stream comes before the groups'.
+            assert torch.equal(values, one.parameters[name]) or options["groups"] == "neuron"
+            torch.testing.assert_close(values, one.parameters[name])
+
+
+def test_the_ring_keeps_the_last_positions():
+    method = Structured(
+        SGLD(num_chains=2, num_burn_in=0, num_draws=7, thinning=1, step_size=0.01, batch_size=None), past_size=3
+    )
+    seen = []
+    run(method, gaussian(), callbacks=[lambda index, state, info: seen.append(state)])
+    positions = [state.base.variables["position"] for state in seen]
+    last = {tuple(position.flatten().tolist()) for position in positions[-3:]}
+    assert {tuple(position.flatten().tolist()) for position in seen[-1].past} == last
+    assert int(seen[-1].num_written) == 8
+
+
+def test_draws_mix_groups_of_one_chain():
+    method = Structured(
+        SGLD(num_chains=2, num_burn_in=0, num_draws=40, thinning=1, step_size=0.05, batch_size=None), groups="parameter"
+    )
+    kept = []
+    posterior = run(
+        method, gaussian(), callbacks=[lambda index, state, info: kept.append(state.base.variables["position"])]
+    )
+    chains = torch.stack(kept, 1)  # (C, D, P)
+    mixed = posterior.by_chain(posterior.parameters["x"])
+    for chain in range(2):
+        for column in range(3):
+            assert set(mixed[chain, :, column].tolist()) <= set(chains[chain, :, column].tolist())
+    assert not any(bool((row == chains[0]).all(-1).any()) for row in mixed[0][:10])
+
+
+class Stop(Exception):
+    pass
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    base = SGHMC(num_chains=2, num_burn_in=20, num_draws=10, thinning=2, step_size=1e-3, batch_size=8)
+    method = WarmStarted(
+        Structured(base, groups="neuron", dropout=0.5, past_size=4), DeepEnsemble(num_steps=20, held_out=0.0)
+    )
+    whole = run(method, network_target(), seed=1)
+
+    def stop(index, state, info):
+        if index == 33:
+            raise Stop
+
+    options = {"seed": 1, "checkpoint": tmp_path / "run", "checkpoint_every": 3}
+    with pytest.raises(Stop):
+        run(method, network_target(), callbacks=[stop], **options)
+    resumed = run(method, network_target(), **options)
+    for name, value in whole.parameters.items():
+        assert torch.equal(value, resumed.parameters[name]), name
+
+
+def test_groups():
+    shapes = network_target().shapes()  # weights (4, 2), (4,), (1, 4), (1,), noise (1, 1)
+    generator = torch.Generator().manual_seed(0)
+    layers = assign("layer", shapes, None, generator)
+    assert layers.tolist() == [0] * 12 + [1] * 5 + [2]
+    neurons = assign("neuron", shapes, None, generator)
+    assert neurons.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0, 1, 2, 3] + [4] * 5 + [5]
+    assert assign("parameter", shapes, None, generator).tolist() == list(range(18))
+    assert assign("random", shapes, 4, generator).bincount().tolist() == [5, 5, 4, 4]
+    assert assign("permuted", shapes, 4, generator).tolist() == [index % 4 for index in range(18)]
+    custom = assign((("*.0.*",), ("*.2.*", "likelihood.*")), shapes, None, generator)
+    assert custom.tolist() == [0] * 12 + [1] * 6
+    with pytest.raises(ValueError, match="matches no pattern"):
+        assign((("*.0.*",),), shapes, None, generator)
+    with pytest.raises(ValueError, match="match no parameter"):
+        assign((("*",), ("convolution",)), shapes, None, generator)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": "weights"}, "groups must be one of"),
+        ({"groups": "random"}, "num_groups goes with"),
+        ({"groups": "layer", "num_groups": 2}, "num_groups goes with"),
+        ({"groups": (("*",),), "num_groups": 2}, "not with patterns"),
+        ({"dropout": 0.0}, "dropout must lie"),
+        ({"num_masks": 0}, "num_masks"),
+        ({"past_size": 0}, "past_size"),
+    ],
+)
+def test_wrong_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        Structured(SGLD(), **options)
+
+
+def test_wrong_base():
+    with pytest.raises(TypeError, match="stochastic-gradient sampler"):
+        Structured(HMC())
+    with pytest.raises(ValueError, match="control_variates"):
+        Structured(SGLD(control_variates=True))
