@@ -8,50 +8,14 @@ to four splits gave; figures over the other splits alone stand beside those over
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from bayesnn import BNN, likelihoods, networks, priors
-from bayesnn.configured import Configured
-from bayesnn.inference import HMC, DeepEnsemble, Method, NetworkTarget, run
-from bayesnn.inference.sgmcmc import RMS, SGHMC, Cosine
-from bayesnn.inference.target import Parameters
+from bayesnn.inference import HMC, MCLMC, RMS, SGHMC, Cosine, DeepEnsemble, Method, WarmStarted
+from bayesnn.inference.sgmcmc.structured import Structured
+from bayesnn.inference.smc.tempering import SMC
 
 NUM_HIDDEN = 50
 MANY_ROWS = 3000
-
-
-class Started:
-    """A target whose initial points are given."""
-
-    def __init__(self, target: NetworkTarget, points: Parameters) -> None:
-        self.target, self.points = target, points
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.target, name)
-
-    def initial(self, count: int, generator: torch.Generator) -> Parameters:
-        """The first ``count`` of the given points."""
-        return {name: values[:count] for name, values in self.points.items()}
-
-
-@dataclass(frozen=True)
-class FromEnsemble(Configured):
-    """One member of a deep ensemble for each chain, then a sampler."""
-
-    ensemble: DeepEnsemble
-    sampler: Method
-
-    def init(self, target: NetworkTarget, generator: torch.Generator) -> Any:
-        """Train the members, and start the chains there."""
-        seed = int(torch.randint(2**31, (), generator=generator))
-        members = run(self.ensemble, target, seed=seed)
-        return self.sampler.init(Started(target, members.parameters), generator)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)
 
 
 def network(in_features: int, out_features: int) -> networks.MLP:
@@ -59,62 +23,82 @@ def network(in_features: int, out_features: int) -> networks.MLP:
     return networks.mlp(in_features, out_features, hidden=(NUM_HIDDEN,), activation="relu")
 
 
-def bnn(method: Method, likelihood: likelihoods.Likelihood | None = None) -> BNN:
-    """The network under its prior, with Gaussian noise of unknown size unless told otherwise."""
+def bnn(method: Method, likelihood: likelihoods.Likelihood | None = None, prior: priors.Normal | None = None) -> BNN:
+    """The network under the wide prior, with Gaussian noise of unknown size, unless told otherwise."""
     likelihood = likelihoods.Gaussian() if likelihood is None else likelihood
-    prior = priors.Normal(scale=5.0, bias_scale=3.0)
+    prior = priors.Normal(scale=5.0, bias_scale=3.0) if prior is None else prior
     return BNN(network, likelihood, prior, method, max_draws=256, scale_inputs=False)
 
 
-def members(count: int, num_rows: int, held_out: float = 0.0) -> DeepEnsemble:
-    """Trained networks, by themselves or where chains start."""
-    num_steps = 2000 if num_rows > MANY_ROWS else 600
-    return DeepEnsemble(count, num_steps, learning_rate=0.03, batch_size=256, held_out=held_out)
+def members(num_steps: int, held_out: float = 0.0, num_members: int = 8) -> DeepEnsemble:
+    """Trained networks, by themselves or where chains start (then as many as there are chains)."""
+    return DeepEnsemble(num_members, num_steps, learning_rate=0.03, batch_size=256, held_out=held_out)
 
 
-def hmc(num_rows: int) -> BNN:
-    """HMC from the members of an ensemble; fewer moves with many rows."""
+def mclmc(num_rows: int) -> BNN:
+    """Microcanonical Langevin from the members of an ensemble; fewer chains and draws, and longer training, with many rows."""
     if num_rows > MANY_ROWS:
-        sampler = HMC(num_chains=4, num_warmup=30, num_draws=20, num_leapfrog=16, initial_step_size=0.003)
-    else:
-        sampler = HMC(num_chains=4, num_warmup=100, num_draws=150, num_leapfrog=24)
-    return bnn(FromEnsemble(members(4, num_rows), sampler))
+        sampler = MCLMC(num_chains=4, num_warmup=30, num_draws=20, thinning=10)
+        return bnn(WarmStarted(sampler, DeepEnsemble(4, 4000, learning_rate=0.02, batch_size=512, held_out=0.0)))
+    return bnn(WarmStarted(MCLMC(num_chains=8, num_warmup=100, num_draws=100, thinning=10), members(600)))
 
 
-def sghmc_from_members(num_rows: int) -> FromEnsemble:
+def warm_sghmc(num_rows: int) -> WarmStarted:
     """Step sizes that fall while burning in; draws are taken at the end, where they are small."""
-    scale = 2 if num_rows > MANY_ROWS else 1
+    longer = 2 if num_rows > MANY_ROWS else 1
     sampler = SGHMC(
         num_chains=8,
-        num_burn_in=2000 * scale,
+        num_burn_in=2000 * longer,
         num_draws=32,
-        thinning=20 * scale,
-        step_size=Cosine(initial=0.015, final=0.001, num_steps=2500 * scale),
-        batch_size=256 * scale,
+        thinning=20 * longer,
+        step_size=Cosine(initial=0.015, final=0.001, num_steps=2500 * longer),
+        batch_size=256 * longer,
         preconditioner=RMS(),
     )
-    return FromEnsemble(members(8, num_rows), sampler)
+    return WarmStarted(sampler, members(2000 if num_rows > MANY_ROWS else 600))
 
 
 def sghmc(num_rows: int) -> BNN:
     """SGHMC from the members of an ensemble."""
-    return bnn(sghmc_from_members(num_rows))
+    return bnn(warm_sghmc(num_rows))
 
 
 def sghmc_heteroscedastic(num_rows: int) -> BNN:
     """The same, with a network that also says how the noise depends on x."""
-    return bnn(sghmc_from_members(num_rows), likelihoods.HeteroscedasticGaussian())
+    return bnn(warm_sghmc(num_rows), likelihoods.HeteroscedasticGaussian())
+
+
+def structured(num_rows: int) -> BNN:
+    """SGHMC whose layers are made independent, from the members of an ensemble; the schedule is SGHMC's."""
+    base = SGHMC(
+        num_chains=4,
+        num_burn_in=2000,
+        num_draws=64,
+        thinning=10,
+        step_size=Cosine(initial=0.015, final=0.001, num_steps=2500),
+        batch_size=512 if num_rows > MANY_ROWS else 256,
+        preconditioner=RMS(),
+    )
+    return bnn(WarmStarted(Structured(base, groups="layer"), members(2000 if num_rows > MANY_ROWS else 600)))
+
+
+def smc(num_rows: int) -> BNN:
+    """SMC from the narrower default prior: few particles find their way from draws of the wide one to the posterior."""
+    sampler = HMC(num_leapfrog=16, initial_step_size=0.1)
+    return bnn(SMC(16 if num_rows > MANY_ROWS else 64, sampler=sampler, num_moves=1), prior=priors.Normal())
 
 
 def ensemble(num_rows: int) -> BNN:
     """A deep ensemble: networks trained side by side, each stopped by the rows that it holds out."""
-    return bnn(members(8, num_rows, held_out=0.1))
+    return bnn(members(2000 if num_rows > MANY_ROWS else 600, held_out=0.1))
 
 
 METHODS: dict[str, Callable[[int], BNN]] = {
-    "HMC": hmc,
+    "MCLMC": mclmc,
     "SGHMC": sghmc,
+    "S-SGMCMC": structured,
+    "SMC": smc,
     "deep ensemble": ensemble,
     "SGHMC, noise by x": sghmc_heteroscedastic,
 }
-RECOMMENDED = "HMC"
+RECOMMENDED = "MCLMC"
