@@ -32,18 +32,18 @@ class BAOAB(SGMCMC):
         num_burn_in: minibatch steps that are thrown away, rounded up to a multiple of ``thinning``.
         num_draws: draws kept, for each chain.
         thinning: minibatch steps between two draws.
-        step_size: epsilon, or a schedule of it.
+        step_size: epsilon, or a schedule of it; 1e-3.
         batch_size: rows of a minibatch; None, or at least N: all.
         replacement: draw minibatches independently of each other; otherwise in reshuffled epochs.
         preconditioner: learns a diagonal metric during burn-in; None: the identity.
         control_variates: centre the gradient's estimate at each chain's mean position over the second half of burn-in.
-        friction: gamma; momentum is forgotten over 1 / (gamma epsilon) steps.
+        friction: gamma; momentum is forgotten over 1 / (gamma epsilon) steps. 10 is our choice, as for SGHMC.
 
     Raises:
         ValueError: if a count, step size or friction isn't positive, or the schedule doesn't go with ``thinning``.
     """
 
-    friction: float = 1.0
+    friction: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

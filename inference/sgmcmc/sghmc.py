@@ -39,12 +39,14 @@ class SGHMC(SGMCMC):
         num_burn_in: minibatch steps that are thrown away, rounded up to a multiple of ``thinning``.
         num_draws: draws kept, for each chain.
         thinning: minibatch steps between two draws.
-        step_size: epsilon, or a schedule of it.
+        step_size: epsilon, or a schedule of it; 1e-3.
         batch_size: rows of a minibatch; None, or at least N: all.
         replacement: draw minibatches independently of each other; otherwise in reshuffled epochs.
         preconditioner: learns a diagonal metric during burn-in; None: the identity.
         control_variates: centre the gradient's estimate at each chain's mean position over the second half of burn-in.
-        friction: C; momentum is forgotten over a time of m / C, that is m / (C epsilon) steps.
+        friction: C; momentum is forgotten over m / (C epsilon) steps, and the minibatches' noise heats it by a factor of
+            about 1 + epsilon V / (2 C), V being the variance of an entry of the gradient. 10 is our choice: with the default
+            step size it did best on held-out points of a small regression network.
         mass: m; momenta start at their stationary law N(0, m).
         gradient_variance: beta; 0 unless known.
         symplectic: momentum first.
@@ -55,7 +57,7 @@ class SGHMC(SGMCMC):
             than the friction takes away (epsilon beta >= 2 C).
     """
 
-    friction: float = 1.0
+    friction: float = 10.0
     mass: float = 1.0
     gradient_variance: float = 0.0
     symplectic: bool = True

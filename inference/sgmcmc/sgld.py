@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bayesnn.inference.sgmcmc.chain import SGMCMC, Variables
+from bayesnn.inference.sgmcmc.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SGLD(SGMCMC):
         num_burn_in: minibatch steps that are thrown away, rounded up to a multiple of ``thinning``.
         num_draws: draws kept, for each chain.
         thinning: minibatch steps between two draws.
-        step_size: epsilon, or a schedule of it.
+        step_size: epsilon, or a schedule of it; 1e-4 is our choice for small networks, with a preconditioner 1e-3.
         batch_size: rows of a minibatch; None, or at least N: all.
         replacement: draw minibatches independently of each other; otherwise in reshuffled epochs.
         preconditioner: learns a diagonal metric during burn-in; None: the identity.
@@ -41,6 +42,8 @@ class SGLD(SGMCMC):
     Raises:
         ValueError: if a count or step size isn't positive, or the schedule doesn't go with ``thinning``.
     """
+
+    step_size: float | Schedule = 1e-4
 
     def initial_variables(self, position: Tensor, generator: torch.Generator) -> Variables:
         """The positions, nothing else."""

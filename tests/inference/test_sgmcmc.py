@@ -189,7 +189,10 @@ def test_chains_that_leave_the_finite_numbers_stop_the_run_and_leave_the_checkpo
         (lambda: SGHMC(friction=0.0), "friction must be positive, found 0.0"),
         (lambda: SGHMC(mass=-1.0), "mass must be positive, found -1.0"),
         (lambda: SGHMC(friction=20.0, step_size=0.1), r"friction must be below mass / step_size = 10, .* found 20.0"),
-        (lambda: SGHMC(gradient_variance=20.0, step_size=0.1), r"gradient_variance must lie in \[0, .* = \[0, 20\)"),
+        (
+            lambda: SGHMC(gradient_variance=20.0, step_size=0.1, friction=1.0),
+            r"gradient_variance must lie in \[0, .* = \[0, 20\)",
+        ),
         (lambda: SGHMC(gradient_variance=-1.0), "gradient_variance must lie in"),
         (lambda: SGHMC(friction=20.0, step_size=Cyclical(0.1, 20)), "friction must be below mass / step_size = 10"),
         (lambda: SGNHT(friction=-1.0), "friction must be positive, found -1.0"),

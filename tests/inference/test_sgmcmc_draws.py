@@ -79,9 +79,9 @@ SETTINGS = {"num_chains": 300, "num_burn_in": 300, "num_draws": 150, "thinning":
         (SGLD(step_size=0.3, **SETTINGS), widened(0.15)),
         (SGHMC(step_size=0.5, friction=1.4, **SETTINGS), widened(0.25 / (4 - 2 * 0.7))),
         (SGHMC(step_size=Cosine(0.2, 0.5, 300), friction=1.4, **SETTINGS), widened(0.25 / (4 - 2 * 0.7))),
-        (BAOAB(step_size=0.8, **SETTINGS), torch.linalg.inv(PRECISION)),
-        (BAOAB(step_size=0.8, preconditioner=RMS(), **SETTINGS), torch.linalg.inv(PRECISION)),
-        (SGNHT(step_size=0.2, **SETTINGS), torch.linalg.inv(PRECISION)),
+        (BAOAB(step_size=0.8, friction=1.0, **SETTINGS), torch.linalg.inv(PRECISION)),
+        (BAOAB(step_size=0.8, friction=1.0, preconditioner=RMS(), **SETTINGS), torch.linalg.inv(PRECISION)),
+        (SGNHT(step_size=0.2, friction=1.0, **SETTINGS), torch.linalg.inv(PRECISION)),
     ],
     ids=["SGLD", "SGHMC", "SGHMC-schedule", "BAOAB", "BAOAB-RMS", "SGNHT"],
 )
@@ -98,8 +98,16 @@ def test_minibatches_with_replacement_have_the_law_of_random_maps(sampler, tempe
     # One row a step, drawn independently: the update is one of N affine maps at random, and its law is known exactly.
     target, oracle = line(temperature=temperature)
     step_size = {SGLD: 0.01, SGHMC: 0.04, BAOAB: 0.04}[sampler] * temperature ** (1 if sampler is SGLD else 0.5)
+    friction = {} if sampler is SGLD else {"friction": 1.0}
     method = sampler(
-        num_chains=100, num_burn_in=300, num_draws=600, thinning=5, step_size=step_size, batch_size=1, replacement=True
+        num_chains=100,
+        num_burn_in=300,
+        num_draws=600,
+        thinning=5,
+        step_size=step_size,
+        batch_size=1,
+        replacement=True,
+        **friction,
     )
     names = list(method.initial_variables(torch.zeros(1, 2, dtype=torch.float64), torch.Generator()))
     maps = []
@@ -161,6 +169,6 @@ def test_the_thermostat_takes_unknown_noise_away():
 
 
 def test_the_thermostat_keeps_the_kinetic_temperature():
-    sampler = SGNHT(step_size=0.4, **SETTINGS)
+    sampler = SGNHT(step_size=0.4, friction=1.0, **SETTINGS)
     posterior = run(sampler, gaussian(), seed=1)
     assert float(posterior.statistics["kinetic_temperature"].mean()) == pytest.approx(1.0, abs=0.03)

@@ -86,13 +86,13 @@ def test_baoab_is_exact_at_any_stable_step_size(step_size, friction, scale):
     "sampler,step_size,variance",
     [
         (SGLD(), 0.1, 1.0526),
-        (SGHMC(step_size=0.1), 0.1, 1.0026),
-        (SGHMC(step_size=0.05), 0.05, 1.0006),
-        (SGHMC(step_size=0.01), 0.01, 1.00003),
-        (SGHMC(step_size=0.1, symplectic=False), 0.1, 1.1140),
-        (SGHMC(step_size=0.05, symplectic=False), 0.05, 1.0533),
-        (SGHMC(step_size=0.01, symplectic=False), 0.01, 1.0101),
-        (BAOAB(), 1.9, 1.0),
+        (SGHMC(step_size=0.1, friction=1.0), 0.1, 1.0026),
+        (SGHMC(step_size=0.05, friction=1.0), 0.05, 1.0006),
+        (SGHMC(step_size=0.01, friction=1.0), 0.01, 1.00003),
+        (SGHMC(step_size=0.1, friction=1.0, symplectic=False), 0.1, 1.1140),
+        (SGHMC(step_size=0.05, friction=1.0, symplectic=False), 0.05, 1.0533),
+        (SGHMC(step_size=0.01, friction=1.0, symplectic=False), 0.01, 1.0101),
+        (BAOAB(friction=1.0), 1.9, 1.0),
     ],
 )
 def test_standard_normal_by_numbers(sampler, step_size, variance):
