@@ -54,6 +54,7 @@ def warm_sghmc(num_rows: int) -> WarmStarted:
         step_size=Cosine(initial=0.015, final=0.001, num_steps=2500 * longer),
         batch_size=256 * longer,
         preconditioner=RMS(),
+        friction=1.0,
     )
     return WarmStarted(sampler, members(2000 if num_rows > MANY_ROWS else 600))
 
@@ -78,6 +79,7 @@ def structured(num_rows: int) -> BNN:
         step_size=Cosine(initial=0.015, final=0.001, num_steps=2500),
         batch_size=512 if num_rows > MANY_ROWS else 256,
         preconditioner=RMS(),
+        friction=1.0,
     )
     return bnn(WarmStarted(Structured(base, groups="layer"), members(2000 if num_rows > MANY_ROWS else 600)))
 
