@@ -25,9 +25,10 @@ class RMS(Configured, saved_as="RMSPreconditioner"):
     g estimates the gradient of the whole log density; the paper has that divided by N, and half the step size, so that its
     step size :math:`\epsilon` is :math:`N \epsilon / 2` here. Its metric never stops changing, and its drift leaves out the
     term :math:`\Gamma` that would account for it. Here the metric is frozen after burn-in: :math:`\Gamma = 0`, and the only
-    bias is that of the step size, stated for each sampler. Burn-in ends with the adaptive chain's law (on a Gaussian with scales
-    0.1, 1 and 10 its variances were 10 to 70 % too large), which the first draws still remember. The bias correction and the relative floor :math:`\lambda`
-    (the paper's is absolute) keep the first steps and those of dead units in bounds.
+    bias is that of the step size, stated for each sampler. Burn-in ends with the adaptive chain's law, which the first
+    draws still remember: on a Gaussian with scales 0.1, 1 and 10 its variances were 10 to 70 % too large. The bias
+    correction and the relative floor :math:`\lambda` (the paper's is absolute) keep the first steps and those of dead units
+    in bounds.
 
     Args:
         decay: :math:`\alpha`; 0.99, the paper's.
