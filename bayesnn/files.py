@@ -20,8 +20,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], description: 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(copies, partial, metadata={"description": json.dumps(description, sort_keys=True)})
-    os.replace(partial, path)
+    try:
+        save_file(copies, partial, metadata={"description": json.dumps(description, sort_keys=True)})
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -94,7 +94,7 @@ class Model(Configured, BotorchModel):
             seed: of every random draw in the fit.
             progress: show a progress bar where fitting takes steps.
             callbacks: called as ``callback(index, state, info)`` after every step.
-            checkpoint: a file from which an interrupted fit goes on with the same result.
+            checkpoint: a folder from which an interrupted fit goes on with the same result.
 
         Returns:
             The model itself.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayesnn.configured import describe
-from bayesnn.files import flatten, read_tensors, unflatten, write_tensors
+from bayesnn.files import flatten
+from bayesnn.inference.checkpoint import Checkpoint, Draws, Kept, stack
+from bayesnn.inference.ess import effective_sample_size
+from bayesnn.inference.trace import Trace
 
 Callback = Callable[[int, Any, Any], None]
 
@@ -64,6 +68,9 @@ def run(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
+    time_budget: float | None = None,
+    target_ess: float | None = None,
+    watch: Callable[[Draws], Tensor] | None = None,
 ) -> Any:
     """Run a method on a target and return its result.
 
@@ -71,77 +78,106 @@ def run(
         method: the algorithm and its hyperparameters.
         target: what it works on; its ``fingerprint`` (a string), where it has one, ties a checkpoint to its data.
         seed: seeds the one generator that every random draw of the run comes from.
-        progress: show a progress bar with the method's infos.
+        progress: show a progress bar with the method's infos, and the effective sample size of what is watched.
         callbacks: each is called as ``callback(index, state, info)`` after every step.
-        checkpoint: a file, written every ``checkpoint_every`` steps and on interruption. If it exists, the run goes on
-            from it, and the result equals that of an uninterrupted run bit for bit on one machine.
+        checkpoint: a folder, written to every ``checkpoint_every`` steps and on interruption. If there is a run in it, this
+            one goes on from there, and the result equals that of an uninterrupted run bit for bit on one machine. Draws that
+            are written leave the memory until the end.
         checkpoint_every: steps between two writes.
+        time_budget: seconds after which the run ends with the draws that it has. With a checkpoint, another run goes on.
+        target_ess: end as soon as the smallest effective sample size of what is watched reaches this.
+        watch: of a draw (what the method's ``keep`` gives), the values (C, k) whose effective sample size counts; by default
+            eight evenly spaced parameters. For networks, watch function values: weights have permutation symmetries.
 
     Raises:
-        ValueError: if the checkpoint belongs to another method, target or seed.
+        ValueError: if the checkpoint belongs to another method, target or seed, or a budget isn't positive.
+        OSError: if the checkpoint can't be written; the one before stays.
+        TimeoutError: if the time is up before the first draw.
     """
+    for name, value in (("time_budget", time_budget), ("target_ess", target_ess)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive or None, found {value}")
+    began = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
     state = method.init(target, generator)
     identity = {"method": describe(method), "target": getattr(target, "fingerprint", ""), "seed": seed}
-    trace = _Trace(max(1, method.num_steps // 1000))
-    kept: list[dict[str, Tensor]] = []
-    start = 0
-    if checkpoint is not None and Path(checkpoint).exists():
-        state, kept, start = _resume(checkpoint, identity, state, generator, trace)
-
-    def save(index: int) -> None:
-        if checkpoint is not None:
-            tensors = {"generator": generator.get_state()} | flatten(state, "state")
-            tensors |= {f"trace.{name}": values for name, values in _stack(trace.rows).items()}
-            tensors |= {f"block.{name}": values for name, values in trace.block.items()}
-            tensors |= {f"kept.{name}": values for name, values in _stack(kept).items()}
-            write_tensors(checkpoint, tensors, identity | {"step": index, "block": trace.length})
-
+    saved = None if checkpoint is None else Checkpoint(checkpoint, identity)
+    trace, kept, start = Trace(max(1, method.num_steps // 1000)), Kept(), 0
+    if saved is not None and saved.exists:
+        state, start = saved.read(state, generator, trace, kept)
+    watched = _Watched(watch) if progress or target_ess is not None else None
+    if watched is not None and saved is not None and kept.num_draws:
+        watched.restore(saved.read_draws(kept))
     finished: Callable[[Any], bool] | None = getattr(method, "finished", None)
+    late = False
+
     bar = tqdm(total=method.num_steps, initial=start, disable=not progress, desc=type(method).__name__)
     with bar, _deferred_interrupt() as interrupted:
         for index in range(start, method.num_steps):
             state, info = method.step(target, state, generator)
             draw = method.keep(state, index)
-            trace.add(flatten(info), draw is not None, first=not kept)
+            trace.add(flatten(info), draw is not None, first=not kept.num_draws)
             if draw is not None:
-                kept.append(draw)
+                kept.add(draw)
+                if watched is not None:
+                    watched.add(draw)
             for callback in callbacks:
                 callback(index, state, info)
-            last = index + 1 == method.num_steps or (finished is not None and finished(state))
-            if last or interrupted() or (index + 1) % checkpoint_every == 0:
-                save(index + 1)
+            late = time_budget is not None and time.monotonic() - began > time_budget
+            enough = target_ess is not None and watched is not None and watched.reached(target_ess)
+            last = index + 1 == method.num_steps or late or enough or (finished is not None and finished(state))
+            if saved is not None and (last or interrupted() or (index + 1) % checkpoint_every == 0):
+                saved.write(index + 1, state, generator, trace, kept)
             if interrupted() and not last:
                 raise KeyboardInterrupt(f"stopped after step {index + 1} of {method.num_steps}")
             if progress and (last or index % 10 == 0):
-                bar.set_postfix({name: f"{value.double().mean():.3g}" for name, value in flatten(info).items()})
+                bar.set_postfix(_postfix(flatten(info), watched))
             bar.update()
             if last:
                 break
-    return method.result(target, state, _stack(kept), _stack(trace.rows))
+    if not kept.num_draws and late and method.keep(state, method.num_steps - 1) is not None:
+        raise TimeoutError(
+            f"time_budget of {time_budget:g} s was over at step {index + 1} of {method.num_steps}, before the first draw: "
+            "give more time, or fewer steps of warm-up"
+            + ("" if saved is None else "; another run goes on from the checkpoint")
+        )
+    draws = stack(kept.new) if saved is None else saved.read_draws(kept)
+    return method.result(target, state, draws, trace.stacked())
 
 
-class _Trace:
-    """Infos averaged over blocks of steps, so that what is stored grows with the draws and not with the steps."""
+class _Watched:
+    """Some values of every draw, for the effective sample size."""
 
-    def __init__(self, stride: int) -> None:
-        self.stride = stride
-        self.rows: list[dict[str, Tensor]] = []
-        self.block: dict[str, Tensor] = {}
-        self.length = 0
+    def __init__(self, watch: Callable[[Draws], Tensor] | None) -> None:
+        self._watch = watch or _some_parameters
+        self._values: list[Tensor] = []
+        self.size = float("nan")
 
-    def add(self, info: dict[str, Tensor], kept: bool, first: bool) -> None:
-        """Take in a step's info; ``kept``: it gave a draw, ``first``: no step before it did."""
-        last = self.block if self.length else self.rows[-1] if self.rows else info
-        changed = last.keys() != info.keys()
-        if changed or (kept and first):  # what came before was another phase, or warm-up
-            self.rows, self.length = [], 0
-        self.block = {name: self.block[name] + value for name, value in info.items()} if self.length else info
-        self.length += 1
-        if kept or (first and self.length == self.stride):
-            row = {name: value / self.length for name, value in self.block.items()} if self.length > 1 else self.block
-            self.rows.append(row)
-            self.block, self.length = {}, 0
+    def add(self, draw: Draws) -> None:
+        """Take in a draw; the effective sample size is computed anew when there are 5 % more of them, and 20 at least."""
+        self._values.append(self._watch(draw))
+        if len(self._values) >= 20 and (len(self._values) - 20) % max(1, len(self._values) // 20) == 0:
+            self.size = float(effective_sample_size(torch.stack(self._values, 1)).min())
+
+    def restore(self, draws: Draws) -> None:
+        """Take in stacked draws."""
+        for index in range(len(next(iter(draws.values())))):
+            self.add({name: values[index] for name, values in draws.items()})
+
+    def reached(self, size: float) -> bool:
+        """Whether the smallest effective sample size is this or more."""
+        return self.size >= size
+
+
+def _some_parameters(draw: Draws) -> Tensor:
+    values = next(iter(draw.values()))
+    flat = values.reshape(len(values), -1)
+    return flat[:, torch.linspace(0, flat.shape[1] - 1, min(8, flat.shape[1])).long()]
+
+
+def _postfix(info: dict[str, Tensor], watched: _Watched | None) -> dict[str, str]:
+    shown = {name: f"{value.double().mean():.3g}" for name, value in info.items()}
+    return shown if watched is None or watched.size != watched.size else shown | {"ess": f"{watched.size:.0f}"}
 
 
 @contextmanager
@@ -156,33 +192,3 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _stack(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]} if steps else {}
-
-
-def _unstack(stacked: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    length = len(next(iter(stacked.values()))) if stacked else 0
-    return [{name: values[index] for name, values in stacked.items()} for index in range(length)]
-
-
-def _resume(
-    path: str | Path, identity: dict[str, Any], state: Any, generator: torch.Generator, trace: _Trace
-) -> tuple[Any, list[dict[str, Tensor]], int]:
-    tensors, description = read_tensors(path)
-    for key, value in identity.items():
-        if description.get(key) != value:
-            raise ValueError(
-                f"checkpoint {str(path)!r} belongs to another run: its {key} is {description.get(key)!r}, "
-                f"this run's is {value!r}. Use another file, or delete this one to start afresh."
-            )
-    generator.set_state(tensors["generator"])
-    parts: dict[str, dict[str, Tensor]] = {"trace": {}, "block": {}, "kept": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        if part in parts:
-            parts[part][rest] = tensor
-    state = unflatten(tensors, state, "state")
-    trace.rows, trace.block, trace.length = _unstack(parts["trace"]), parts["block"], int(description["block"])
-    return state, _unstack(parts["kept"]), int(description["step"])

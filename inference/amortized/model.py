@@ -90,7 +90,7 @@ class AmortizedModel(Model):
             training: steps, context sizes, learning rate …
             seed: of all draws.
             progress: show a progress bar.
-            checkpoint: a file from which an interrupted training goes on with the same result.
+            checkpoint: a folder from which an interrupted training goes on with the same result.
 
         Returns:
             The model itself, with a trained copy of the network.

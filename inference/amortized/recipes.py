@@ -1,6 +1,6 @@
 """How the networks that ship with the package were made; running a recipe again continues or reproduces it.
 
-    python -m bayesnn.inference.amortized.recipes pfn --out FOLDER [--checkpoint FILE] [--export]
+    python -m bayesnn.inference.amortized.recipes pfn --out FOLDER [--checkpoint FOLDER] [--export]
 
 trains from scratch, or from the checkpoint on if there is one, and writes ``pfn-gp-small.safetensors`` and its model
 card. ``--export`` writes them from the checkpoint as it stands, without training.
@@ -117,7 +117,7 @@ def train(
 
 def from_checkpoint(recipe: Recipe, checkpoint: str | Path) -> tuple[nn.Module, int]:
     """The network as the checkpoint left it, and the number of steps behind it."""
-    tensors, description = read_tensors(checkpoint)
+    tensors, description = read_tensors(Path(checkpoint) / "state.safetensors")
     network = recipe.network(recipe.prior)
     prefix = "state.params."
     params = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a network that ships with the package.")
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--out", required=True, help="folder for the weights and the model card")
-    parser.add_argument("--checkpoint", help="file to continue from and to keep the state in")
+    parser.add_argument("--checkpoint", help="folder to continue from and to keep the state in")
     parser.add_argument("--export", action="store_true", help="write the checkpoint's weights without training")
     options = parser.parse_args(arguments)
     recipe = RECIPES[options.recipe]

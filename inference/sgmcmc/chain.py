@@ -239,7 +239,7 @@ class SGMCMC(Configured, ABC):
         position = draws["position"].transpose(0, 1).flatten(0, 1)
         log_weights = None
         if self.schedule.weighs_draws:
-            kept = [index for index in range(self.num_steps) if self._keeps(index)]
+            kept = [index for index in range(self.num_steps) if self._keeps(index)][: len(draws["position"])]
             sizes = position.new_tensor([self.schedule((index + 1) * self.thinning - 1) for index in kept])
             log_weights = sizes.log().repeat(self.num_chains)
         return WeightPosterior(unravel(position, target.shapes()), self.num_chains, log_weights, infos)

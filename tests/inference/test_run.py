@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import arviz
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from bayesnn import likelihoods, networks, priors
 from bayesnn.bnn import BNN
 from bayesnn.configured import Configured
 from bayesnn.data import Data
-from bayesnn.inference import HMC, DeepEnsemble, MeanField, NetworkTarget, run
+from bayesnn.inference import HMC, DeepEnsemble, FunctionTarget, MeanField, NetworkTarget, run
 
 METHODS = {
     "hmc": HMC(num_chains=2, num_warmup=20, num_draws=20, num_leapfrog=4),
@@ -146,19 +147,24 @@ def test_writing_checkpoints_changes_nothing(name, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(changes, what, tmp_path):
     path = tmp_path / "run.ckpt"
     run(METHODS["hmc"], target(), seed=5, checkpoint=path)
-    before = path.read_bytes()
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
     other = {"method": METHODS["hmc"], "target": target(), "seed": 5} | changes
     with pytest.raises(ValueError, match=f"belongs to another run: its {what} is"):
         run(other["method"], other["target"], seed=other["seed"], checkpoint=path)
-    assert path.read_bytes() == before
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "run.ckpt"
-    run(Count(), None, checkpoint=path)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="not a complete bayesnn file"):
+    for name in ("state", "draws-000000"):
+        path = tmp_path / name
         run(Count(), None, checkpoint=path)
+        file = path / f"{name}.safetensors"
+        file.write_bytes(file.read_bytes()[:-3])
+        with pytest.raises(ValueError, match="not a complete bayesnn file"):
+            run(Count(), None, checkpoint=path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="must be a folder, found a file"):
+        run(Count(), None, checkpoint=tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -224,3 +230,122 @@ def test_an_interrupted_process_leaves_what_another_goes_on_from(tmp_path):
     assert resumed[0][0] == reached and len(whole) == reached + 21
     for (i, first), (j, second) in zip(resumed, whole[reached:], strict=True):
         assert i == j and torch.equal(first, second)
+
+
+KILLED = """
+import sys
+import torch
+from bayesnn import likelihoods, networks, priors
+from bayesnn.data import Data
+from bayesnn.inference import NetworkTarget, WarmStarted, DeepEnsemble, HMC, run
+torch.set_num_threads(1)
+X = torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(20, 2)
+data = Data(X, X.sum(-1, keepdim=True).sin())
+target = NetworkTarget(networks.mlp(2, 1, hidden=(5,)), likelihoods.Gaussian(), priors.Normal(), data, torch.ones(1, 1))
+method = WarmStarted(HMC(num_chains=2, num_warmup=30, num_draws=150, num_leapfrog=3), DeepEnsemble(num_steps=30, held_out=0.0))
+say = lambda index, state, info: print(index, flush=True)
+if __name__ == "__main__":
+    run(method, target, seed=2, checkpoint=sys.argv[1], checkpoint_every=3, callbacks=[say])
+"""
+
+
+def test_a_killed_process_loses_nothing_but_time(tmp_path):
+    """kill -9 again and again, at steps of any phase; the draws equal the uninterrupted run's."""
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    kills, reached = [17, 61, 120, 180], -1
+    for kill_at in kills:
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "run")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        first = None
+        for line in process.stdout:
+            first = int(line) if first is None else first
+            if int(line) >= kill_at:
+                process.kill()
+                break
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, errors
+        assert first <= reached + 1 and (first > 0 or reached == -1)  # it went on from the folder
+        reached = kill_at
+    scope = {"__name__": "script"}
+    num_threads = torch.get_num_threads()
+    try:
+        exec(KILLED, scope)
+        resumed = run(scope["method"], scope["target"], seed=2, checkpoint=tmp_path / "run")
+        assert_equal(resumed, run(scope["method"], scope["target"], seed=2))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    from bayesnn.inference import checkpoint as module
+
+    real, calls = module.write_tensors, []
+
+    def full(path, *arguments):
+        calls.append(path)
+        if len(calls) > 5:
+            raise OSError(28, "No space left on device")
+        real(path, *arguments)
+
+    monkeypatch.setattr(module, "write_tensors", full)
+    with pytest.raises(OSError, match=r"can't write the checkpoint after step .*No space left.*one before is intact"):
+        run(METHODS["hmc"], target(), seed=1, checkpoint=tmp_path / "run", checkpoint_every=5)
+    monkeypatch.undo()
+    steps = []
+    follow = [lambda index, state, info: steps.append(index)]
+    resumed = run(METHODS["hmc"], target(), seed=1, checkpoint=tmp_path / "run", callbacks=follow)
+    assert steps[0] >= 20
+    assert_equal(resumed, run(METHODS["hmc"], target(), seed=1))
+
+
+def test_written_draws_leave_the_memory(tmp_path):
+    from bayesnn.inference.checkpoint import Kept
+
+    held = []
+    original = Kept.add
+
+    def add(self, draw):
+        original(self, draw)
+        held.append(len(self.new))
+
+    Kept.add = add
+    try:
+        run(METHODS["hmc"], target(), checkpoint=tmp_path / "run", checkpoint_every=4)
+    finally:
+        Kept.add = original
+    assert len(held) == 20 and max(held) <= 4
+
+
+def test_time_budget(tmp_path):
+    method = HMC(num_chains=2, num_warmup=5, num_draws=100000, num_leapfrog=2)
+    posterior = run(method, target(), seed=3, time_budget=0.5, checkpoint=tmp_path / "run")
+    count = len(posterior) // 2
+    assert 1 <= count < 100000 and all(len(values) == count for values in posterior.statistics.values())
+    with pytest.raises(TimeoutError, match="before the first draw"):
+        run(HMC(num_warmup=100000), target(), time_budget=0.1)
+    with pytest.raises(ValueError, match="time_budget must be positive"):
+        run(method, target(), time_budget=0.0)
+
+
+def test_target_ess(tmp_path):
+    def initial(count, generator):
+        return {"x": torch.randn(count, 12, generator=generator, dtype=torch.float64)}
+
+    normal = FunctionTarget(lambda p: -0.5 * p["x"].square().sum(-1), initial)
+    method = HMC(num_chains=4, num_warmup=50, num_draws=100000, num_leapfrog=2)
+    posterior = run(method, normal, seed=3, target_ess=200)
+    x = posterior.by_chain(posterior.parameters["x"]).numpy()
+    sizes = [float(arviz.ess(x[..., column], method="mean")) for column in (0, 1, 3, 4, 6, 7, 9, 11)]
+    assert 190 < min(sizes) < 400
+    watched = run(method, normal, seed=3, target_ess=200, watch=lambda draw: draw["position"][:, :1])
+    assert 20 <= len(watched) // 4 < len(posterior) // 4
+    # Interrupted on the way, it ends at the same draw.
+    options = {"seed": 3, "target_ess": 200, "checkpoint": tmp_path / "run", "checkpoint_every": 7}
+    with pytest.raises(Stop):
+        run(method, normal, callbacks=[stop_after(80)], **options)
+    assert_equal(run(method, normal, **options), posterior)
