@@ -10,9 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bayesnn import BNN, likelihoods, networks, priors
-from bayesnn.inference import HMC, MCLMC, RMS, SGHMC, Cosine, DeepEnsemble, Method, WarmStarted
-from bayesnn.inference.sgmcmc.structured import Structured
-from bayesnn.inference.smc.tempering import SMC
+from bayesnn.inference import (
+    HMC,
+    MCLMC,
+    RMS,
+    SGHMC,
+    SMC,
+    Cosine,
+    DeepEnsemble,
+    Method,
+    Structured,
+    WarmStarted,
+)
 
 NUM_HIDDEN = 50
 MANY_ROWS = 3000
