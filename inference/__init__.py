@@ -4,6 +4,7 @@ from bayesnn.inference.compiled import Compiled
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles import DeepEnsemble
 from bayesnn.inference.mcmc import HMC, MALA, MCLMC, NUTS, AdjustedMCLMC, RandomWalk
+from bayesnn.inference.parallel import run_chains
 from bayesnn.inference.run import Method, run
 from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial, Structured
 from bayesnn.inference.smc import SMC
@@ -38,4 +39,5 @@ __all__ = [
     "WarmStarted",
     "WeightPosterior",
     "run",
+    "run_chains",
 ]
