@@ -35,7 +35,8 @@ def run_chains(
 
     By default the workers are processes of this machine (loky). ``with joblib.parallel_config(backend="dask"): …`` sends
     them to a Dask cluster, ``backend="ray"`` to Ray, ``backend="sequential"`` runs them here one after the other; the draws
-    are the same everywhere. The method and the target travel to the workers; the checkpoint's folder must be one that all of them see.
+    are the same everywhere. The method and the target travel to the workers; the checkpoint's folder must be one that all
+    of them see.
 
     Args:
         method: a sampler; it adapts within each group by itself.
