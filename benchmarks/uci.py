@@ -115,6 +115,7 @@ def compare(name: str, method: str, metric: str, cells: Sequence[dict[str, Any]]
         "peer_protocol": f"{peer.comparable}: {peer.protocol}",
         "ratio": math.exp(ours - peer.mean) if metric == "test_ll" else peer.mean / ours,
         "better": METRICS[metric],
+        "cpu_seconds": statistics.fmean(cell["cpu_seconds"] for cell in cells),
     }
 
 
@@ -141,7 +142,8 @@ def print_table(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
         for method in dict.fromkeys(cell["method"] for cell in own):
             mine = [cell for cell in own if cell["method"] == method]
             scores = [mean_and_stderr([cell[metric] for cell in mine]) for metric in METRICS]
-            lines.append((scores[0], scores[1], f"{method} (ours, {len(mine)} splits)", ""))
+            cost = f"{statistics.fmean(cell['cpu_seconds'] for cell in mine):.1f} s of CPU each"
+            lines.append((scores[0], scores[1], f"** {method} (ours, {len(mine)} splits)", cost))
         errors = {peer.method: (peer.mean, peer.stderr) for peer in published(folder, name, "rmse")}
         for peer in published(folder, name, "test_ll"):
             rmse = errors.get(peer.method, (math.nan, math.nan))
