@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from bayesnn.data import BayesnnWarning, Data
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles.deep import DeepEnsemble
 from bayesnn.inference.mcmc.hmc import HMC
+from bayesnn.inference.partial import PartialTarget, Stochastic, stochastic_names
 from bayesnn.inference.run import Method, run
 from bayesnn.inference.target import NetworkTarget
 from bayesnn.inference.vi.mean_field import MeanField
@@ -36,13 +38,16 @@ class BNN(Model):
         likelihood: p(y | f); Gaussian with learned noise by default.
         prior: p(w); ``priors.Normal()`` by default.
         method: HMC, MeanField, DeepEnsemble …; HMC by default.
+        stochastic: which of the network's parameters are sampled: "all"; "last" (the last layer); or names or patterns. The
+            others are learned first, by ``DeepEnsemble`` with one member on all rows, and stay there. The method's chains
+            begin at what was learned.
         max_draws: at most so many draws, evenly spaced, answer ``posterior`` and ``predict``: their cost is linear in it.
         temperature: 1 for the Bayes posterior; below 1 a cold one.
         scale_inputs: standardise the columns of X.
 
     Raises:
         ValueError: if max_draws or the temperature isn't positive; at fit, if the network uses batch statistics or random
-            numbers, or has the wrong number of outputs.
+            numbers, or has the wrong number of outputs, or ``stochastic`` names none of its parameters.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class BNN(Model):
         max_draws: int = 256,
         temperature: float = 1.0,
         scale_inputs: bool = True,
+        stochastic: Stochastic = "all",
     ) -> None:
         super().__init__(likelihood, scale_inputs)
         if max_draws < 1:
@@ -63,14 +69,25 @@ class BNN(Model):
         self.network = network
         self.prior = Normal() if prior is None else prior
         self.method = HMC() if method is None else method
-        self.max_draws, self.temperature = max_draws, temperature
+        self.max_draws, self.temperature, self.stochastic = max_draws, temperature, stochastic
         self._weights: WeightPosterior
         self._answering: WeightPosterior
         self._reweighting: Tensor | None = None
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         target = self._target(data, outcome_scale)
-        self._take(target, run(self.method, target, **options))
+        if self.stochastic == "all":
+            self._take(target, run(self.method, target, **options))
+            return
+        names = stochastic_names(target.network, self.stochastic)
+        checkpoint = options.pop("checkpoint", None)
+        folders = [None if checkpoint is None else Path(checkpoint) / part for part in ("learned", "sampled")]
+        learner = DeepEnsemble(num_members=1, held_out=0.0)
+        learned = run(learner, target, checkpoint=folders[0], **options).parameters
+        partial = PartialTarget(target, names, {name: value[0] for name, value in learned.items()})
+        weights = run(self.method, partial, checkpoint=folders[1], **options)
+        weights.parameters = partial.completed(weights.parameters)
+        self._take(target, weights)
 
     def _target(self, data: Data, outcome_scale: Tensor) -> NetworkTarget:
         network = self.network

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ class Compiled:
         """The function with its first arguments given, compiled once."""
         key = (function, *first)
         if key not in self._programs:
-            self._programs[key] = torch.compile(partial(function, *first))
+            self._programs[key] = torch.compile(_own_program(function, *first))
         return self._programs[key]
 
     def log_density_and_gradient(self, position: Tensor, batch: Data | None = None) -> tuple[Tensor, Tensor]:
@@ -133,6 +132,15 @@ class CompiledGradient:
                 return program(*arguments)
 
         return fused
+
+
+def _own_program(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+    def program(*arguments: Any) -> Any:
+        return function(*first, *arguments)
+
+    # The compiler keeps a limited number of programs for each code object, and runs what is beyond it uncompiled.
+    program.__code__ = program.__code__.replace()
+    return program
 
 
 def _require_compiler() -> None:
