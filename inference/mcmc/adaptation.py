@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bayesnn.inference.flat import Density
+from bayesnn.inference.mcmc.mass import Mass
+
+if TYPE_CHECKING:
+    from bayesnn.inference.mcmc.chain import Point
+
+MAX_DOUBLINGS = 50
 
 
 class DualAveraging(NamedTuple):
@@ -32,6 +41,46 @@ class DualAveraging(NamedTuple):
         decay = count**-0.75
         log_average = decay * log_step_size + (1 - decay) * self.log_average
         return DualAveraging(log_step_size, log_average, error, self.centre, count)
+
+
+def reasonable_step_size(
+    density: Density, point: Point, step_size: Tensor, mass: Mass, generator: torch.Generator
+) -> Tensor:
+    """Each chain's step size, doubled or halved until one leapfrog step's acceptance crosses 1/2, (C,).
+
+    Hoffman and Gelman 2014, algorithm 4: a good place for dual averaging to begin, from any first guess.
+
+    Raises:
+        ValueError: if no step size is small enough, or none too large, for every chain.
+    """
+    noise = torch.randn(point.position.shape, generator=generator, dtype=point.position.dtype)
+    momentum = mass.momentum(noise)
+    energy = mass.kinetic(momentum) - point.log_density.double()
+
+    def accepted(step_size: Tensor) -> Tensor:
+        step = step_size.unsqueeze(-1)
+        halfway = momentum + 0.5 * step * point.gradient
+        log_density, gradient = density(point.position + step * mass.velocity(halfway))
+        error = mass.kinetic(halfway + 0.5 * step * gradient) - log_density.double() - energy
+        return error.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf) < math.log(2)
+
+    growing = accepted(step_size)
+    searching, factor = torch.ones_like(growing), torch.where(growing, 2.0, 0.5).to(step_size)
+    for _ in range(MAX_DOUBLINGS):
+        step_size = torch.where(searching, step_size * factor, step_size)
+        searching = searching & (accepted(step_size) == growing)
+        if not bool(searching.any()):
+            break
+    if bool((searching & ~growing).all()):
+        raise ValueError(
+            "step sizes can't be adapted: every chain rejects the smallest of steps. The log density isn't smooth, or its "
+            "gradient isn't its own"
+        )
+    if bool((searching & growing).all()):
+        raise ValueError(
+            "step sizes can't be adapted: every chain accepts the largest of steps. The log density is flat, or improper"
+        )
+    return step_size
 
 
 class Welford(NamedTuple):

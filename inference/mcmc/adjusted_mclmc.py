@@ -29,11 +29,12 @@ class AdjustedMCLMC(MarkovChain):
         num_warmup: steps that adapt and are thrown away.
         num_draws: steps kept, for each chain.
         target_acceptance: what dual averaging aims at; 0.9, the paper's.
-        initial_step_size: where dual averaging begins; with no warm-up, the step size.
+        initial_step_size: where warm-up's search for a step size begins; with no warm-up, the step size.
+        mass: the mass matrix that warm-up learns: "diagonal", "low-rank" (for correlated posteriors) or "identity" (none).
         num_leapfrog: mean number of steps (and gradients) per move; 16 is our choice for small networks.
 
     Raises:
-        ValueError: if a count isn't positive or the target acceptance doesn't lie in (0, 1); at the start of a run, if the
+        ValueError: if a setting is out of its range; in a run, if step sizes can't be adapted; at the start of a run, if the
             target has a single parameter: a direction on a line can't turn.
     """
 

@@ -3,7 +3,7 @@
 A sampler is one function, its *move*: from points of the chains to new ones, leaving the density invariant. Moves are plain
 functions of a density, so that tempering, SMC and learned proposals can use them too. :class:`MarkovChain` makes a method
 of a move: in its warm-up each chain adapts its own step size by dual averaging, and all share a mass matrix from the pooled
-variance within chains; then both are frozen, so that the stationary law is exactly the target.
+deviations within chains; then both are frozen, so that the stationary law is exactly the target.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from bayesnn.configured import Configured
 from bayesnn.data import BayesnnWarning
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.flat import Density, density_of, ravel, unravel
-from bayesnn.inference.mcmc.adaptation import DualAveraging, Welford, window_ends
-from bayesnn.inference.mcmc.mass import Diagonal, Mass
+from bayesnn.inference.mcmc.adaptation import DualAveraging, Welford, reasonable_step_size, window_ends
+from bayesnn.inference.mcmc.low_rank import MAX_RANK, Window
+from bayesnn.inference.mcmc.mass import Diagonal, LowRank, Mass, identity_low_rank, identity_mass
 from bayesnn.inference.target import Target
 
 MAX_ENERGY_ERROR = 1000.0  # Stan's threshold for a divergence
+MASSES = ("diagonal", "low-rank", "identity")
+COLLAPSED = 1e-10
+"""A step size that warm-up has brought below this share of the one it began with can't be adapted."""
 
 
 class Point(NamedTuple):
@@ -48,9 +52,9 @@ class ChainState(NamedTuple):
     """The chains' points, and what warm-up has learned."""
 
     point: Point
-    mass: Diagonal
+    mass: Diagonal | LowRank
     step_size: DualAveraging
-    variance: Welford
+    window: Welford | Window
     num_moves: Tensor
 
 
@@ -73,6 +77,7 @@ class MarkovChain(Configured, ABC):
     num_draws: int = 300
     target_acceptance: float = 0.8
     initial_step_size: float = 0.01
+    mass: str = "diagonal"
 
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_draws"):
@@ -84,6 +89,8 @@ class MarkovChain(Configured, ABC):
             raise ValueError(f"target_acceptance must lie in (0, 1), found {self.target_acceptance}")
         if not self.initial_step_size > 0:
             raise ValueError(f"initial_step_size must be positive, found {self.initial_step_size}")
+        if self.mass not in MASSES:
+            raise ValueError(f"mass must be one of {', '.join(map(repr, MASSES))}, found {self.mass!r}")
 
     @abstractmethod
     def move(
@@ -97,15 +104,14 @@ class MarkovChain(Configured, ABC):
         return self.num_warmup + self.num_draws
 
     def init(self, target: Target, generator: torch.Generator) -> ChainState:
-        """Chains at the target's initial points."""
-        point = start(density_of(target), ravel(target.initial(self.num_chains, generator)))
-        return ChainState(
-            point,
-            Diagonal(torch.ones_like(point.position[:1])),
-            DualAveraging.start(point.position.new_full((self.num_chains,), self.initial_step_size)),
-            Welford.start(point.position),
-            torch.zeros((), dtype=torch.long),
-        )
+        """Chains at the target's initial points, with step sizes that are about right there."""
+        density = density_of(target)
+        point = start(density, ravel(target.initial(self.num_chains, generator)))
+        low_rank = self.mass == "low-rank"
+        mass = identity_low_rank(point.position, MAX_RANK) if low_rank else identity_mass(point.position)
+        step_size = self._first_step_size(density, point, mass, generator)
+        window = Window.start(point.position) if low_rank else Welford.start(point.position)
+        return ChainState(point, mass, DualAveraging.start(step_size), window, torch.zeros((), dtype=torch.long))
 
     def step(self, target: Target, state: ChainState, generator: torch.Generator) -> tuple[ChainState, ChainInfo]:
         """One move of every chain, and while warming up one step of adaptation."""
@@ -113,23 +119,46 @@ class MarkovChain(Configured, ABC):
         adapting = index < self.num_warmup
         log_step_size = state.step_size.log_step_size if adapting else state.step_size.log_average
         step_size = log_step_size.exp() if self.num_warmup else torch.full_like(log_step_size, self.initial_step_size)
-        point, info = self.move(density_of(target), state.point, step_size, state.mass, generator)
+        density = density_of(target)
+        point, info = self.move(density, state.point, step_size, state.mass, generator)
         state = state._replace(point=point, num_moves=state.num_moves + 1)
-        state = self._adapt(state, info.acceptance, index) if adapting else state
+        state = self._adapt(density, state, info.acceptance, index, generator) if adapting else state
         return state, ChainInfo(*info, step_size)
 
-    def _adapt(self, state: ChainState, acceptance: Tensor, index: int) -> ChainState:
-        position = state.point.position
-        step_size = state.step_size.update(acceptance.to(position), self.target_acceptance)
-        ends = window_ends(self.num_warmup)
-        variance, mass = state.variance, state.mass
+    def _adapt(
+        self, density: Density, state: ChainState, acceptance: Tensor, index: int, generator: torch.Generator
+    ) -> ChainState:
+        point, window, mass = state.point, state.window, state.mass
+        step_size = state.step_size.update(acceptance.to(point.position), self.target_acceptance)
+        if index + 1 == self.num_warmup:
+            self._require_adapted(step_size)
+        ends = window_ends(self.num_warmup) if self.mass != "identity" else []
         if ends and index >= int(0.15 * self.num_warmup) and index < ends[-1]:
-            variance = variance.update(position)
+            seen = (point.position, point.gradient) if isinstance(window, Window) else (point.position,)
+            window = window.update(*seen)
         if index + 1 in ends:
-            mass = Diagonal(variance.variance())
-            variance = Welford.start(position)
-            step_size = DualAveraging.start(step_size.log_average.exp())
-        return state._replace(step_size=step_size, variance=variance, mass=mass)
+            mass = window.mass() if isinstance(window, Window) else Diagonal(window.variance())
+            window = type(window).start(point.position)
+            step_size = DualAveraging.start(self._first_step_size(density, point, mass, generator))
+        return state._replace(step_size=step_size, window=window, mass=mass)
+
+    def _first_step_size(self, density: Density, point: Point, mass: Mass, generator: torch.Generator) -> Tensor:
+        step_size = point.position.new_full((self.num_chains,), self.initial_step_size)
+        return reasonable_step_size(density, point, step_size, mass, generator) if self.num_warmup else step_size
+
+    def _require_adapted(self, step_size: DualAveraging) -> None:
+        """Warn of chains that reject whatever they propose; raise ValueError if it's all of them."""
+        collapsed = step_size.log_average.exp() < COLLAPSED * step_size.centre.exp() / 10
+        if not bool(collapsed.any()):
+            return
+        message = (
+            f"{type(self).__name__}: {int(collapsed.sum())} of {self.num_chains} chains have rejected their moves until their "
+            "step sizes collapsed. The log density isn't smooth where they are, or its gradient isn't its own: begin "
+            "elsewhere, change the model, or use float64"
+        )
+        if bool(collapsed.all()):
+            raise ValueError(message)
+        warnings.warn(message, BayesnnWarning, stacklevel=3)
 
     def keep(self, state: ChainState, index: int) -> dict[str, Tensor] | None:
         """The positions after warm-up."""

@@ -37,11 +37,12 @@ class NUTS(MarkovChain):
         num_warmup: steps that adapt and are thrown away.
         num_draws: steps kept, for each chain.
         target_acceptance: of the points of a trajectory, on average; 0.8, Stan's.
-        initial_step_size: where dual averaging begins; with no warm-up, the step size.
+        initial_step_size: where warm-up's search for a step size begins; with no warm-up, the step size.
+        mass: the mass matrix that warm-up learns: "diagonal", "low-rank" (for correlated posteriors) or "identity" (none).
         max_depth: a trajectory has at most 2^max_depth - 1 leapfrog steps; 10, Stan's.
 
     Raises:
-        ValueError: if a count isn't positive or the target acceptance doesn't lie in (0, 1).
+        ValueError: if a setting is out of its range; in a run, if step sizes can't be adapted.
     """
 
     max_depth: int = 10

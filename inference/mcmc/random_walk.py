@@ -25,10 +25,11 @@ class RandomWalk(MarkovChain):
         num_warmup: steps that adapt and are thrown away.
         num_draws: steps kept, for each chain.
         target_acceptance: 0.234, best for many independent parameters (Roberts, Gelman and Gilks 1997).
-        initial_step_size: where dual averaging begins; with no warm-up, the step size.
+        initial_step_size: where warm-up's search for a step size begins; with no warm-up, the step size.
+        mass: the mass matrix that warm-up learns: "diagonal", "low-rank" (for correlated posteriors) or "identity" (none).
 
     Raises:
-        ValueError: if a count isn't positive or the target acceptance doesn't lie in (0, 1).
+        ValueError: if a setting is out of its range; in a run, if step sizes can't be adapted.
     """
 
     target_acceptance: float = 0.234
