@@ -65,6 +65,6 @@ def assign(
         if unused:
             raise ValueError(
                 f"groups: {[groups[index] for index in sorted(unused)]} match no parameter of {list(shapes)}"
-            )  # type: ignore[type-var]
+            )
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return torch.tensor([numbers[key] for key in keys])
