@@ -4,7 +4,7 @@ r"""Quality on real data: test log-likelihood and RMSE over the standard UCI spl
 
 Every cell (set, split, method) is one fit to a split's training rows, seeded with the split's number, and written as a line
 of ``benchmarks/results/uci_cells.jsonl`` when it is finished: run again, the benchmark goes on where it stopped. Cells whose
-settings have changed since are run again.
+settings have changed since are run again. The tables and the JSON are of all finished cells.
 
 The test log-likelihood of a row is that of the mixture over all draws, :math:`\log \frac1S \sum_s \mathcal N(y; f_s(x),
 \sigma_s^2)`, in the units of y. Where the protocol differs from the published rows': the noise is sampled (or learned)
@@ -31,8 +31,6 @@ from harness import FOLDER, write
 from uci_data import NUM_SPLITS, SAME, SETS, SIMILAR, TUNED_DROPOUT, Published, load, published
 from uci_methods import METHODS, RECOMMENDED
 
-from bayesnn.configured import describe
-
 CELLS = FOLDER / "results" / "uci_cells.jsonl"
 QUICK_SPLITS = 3
 METRICS = {"test_ll": "higher", "rmse": "lower"}
@@ -56,39 +54,39 @@ def run_cell(folder: Path, name: str, index: int, method: str) -> dict[str, Any]
 
 
 def settings(method: str, num_rows: int) -> str:
-    """All that a method's fit depends on, as JSON: the method, the likelihood, the prior."""
+    """All that a method's fit depends on, defaults included."""
     model = METHODS[method](num_rows)
-    return json.dumps([describe(part) for part in (model.method, model.likelihood, model.prior)])
+    return f"{model.method!r}, {model.likelihood!r}, {model.prior!r}"
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
-    """The cells on file whose settings are the present ones."""
+    """The cells on file whose settings are the present ones, in the order of sets, methods and splits."""
     if not CELLS.exists():
         return []
     cells = [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines()]
     num_rows = {name: len(load(folder, name, 0).X) for name in {cell["set"] for cell in cells}}
-    return [
+    present = [
         cell
         for cell in cells
         if cell["method"] in METHODS and cell["settings"] == settings(cell["method"], num_rows[cell["set"]])
     ]
+    methods = list(METHODS)
+    return sorted(present, key=lambda cell: (SETS.index(cell["set"]), methods.index(cell["method"]), cell["split"]))
 
 
-def run_cells(folder: Path, sets: Sequence[str], methods: Sequence[str], num_splits: int) -> list[dict[str, Any]]:
-    """Run what isn't finished, split by split, so that all sets have equally many at any time; all cells asked for."""
-    cells = {(cell["set"], cell["split"], cell["method"]): cell for cell in finished(folder)}
+def run_cells(folder: Path, sets: Sequence[str], methods: Sequence[str], num_splits: int) -> None:
+    """Run what isn't finished, split by split, so that all sets have equally many at any time."""
+    done = {(cell["set"], cell["split"], cell["method"]) for cell in finished(folder)}
     wanted = [(name, index, method) for index in range(num_splits) for name in sets for method in methods]
     for key in wanted:
-        if key in cells:
+        if key in done:
             continue
-        cells[key] = run_cell(folder, *key)
+        cell = run_cell(folder, *key)
         CELLS.parent.mkdir(exist_ok=True)
         with CELLS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(cells[key]) + "\n")
-        cell = cells[key]
+            file.write(json.dumps(cell) + "\n")
         where = f"{cell['set']:9} {cell['split']:2} {cell['method']:14}"
         print(f"{where} {cell['test_ll']:8.3f} {cell['rmse']:9.5f} {cell['cpu_seconds']:7.1f} s", flush=True)
-    return [cells[key] for key in wanted]
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
@@ -128,7 +126,7 @@ def rows(folder: Path, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             groups = [[peer for peer in peers if peer.comparable == kind] for kind in (SAME, SIMILAR)]
             groups.append([peer for peer in peers if peer.method in TUNED_DROPOUT])
             beside = list(dict.fromkeys(group[0] for group in groups if group))
-            for method in dict.fromkeys(cell["method"] for cell in cells):
+            for method in dict.fromkeys(cell["method"] for cell in cells if cell["set"] == name):
                 own = [cell for cell in cells if (cell["set"], cell["method"]) == (name, method)]
                 result += [compare(name, method, metric, own, peer) for peer in beside]
     return result
@@ -196,13 +194,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SPLITS} splits instead of {NUM_SPLITS}")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--splits", type=int, help="how many of the splits")
+    parser.add_argument("--splits", type=int, help="how many of the splits; 0 only reports the cells on file")
     options = parser.parse_args()
-    num_splits = options.splits or (QUICK_SPLITS if options.quick else NUM_SPLITS)
-    cells = run_cells(options.data, options.sets, options.methods, num_splits)
+    default = QUICK_SPLITS if options.quick else NUM_SPLITS
+    num_splits = default if options.splits is None else options.splits
+    run_cells(options.data, options.sets, options.methods, num_splits)
+    cells = finished(options.data)
     print_table(options.data, cells)
     print_verdicts(options.data, cells)
-    named = {method: {rows: json.loads(settings(method, rows)) for rows in (500, 10_000)} for method in options.methods}
+    named = {method: {rows: settings(method, rows) for rows in (500, 10_000)} for method in METHODS}
     write("uci", rows(options.data, cells), {}, settings=named, recommended=RECOMMENDED, chosen_on=list(CHOSEN_ON))
 
 
