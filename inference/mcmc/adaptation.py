@@ -14,7 +14,7 @@ from bayesnn.inference.mcmc.mass import Mass
 if TYPE_CHECKING:
     from bayesnn.inference.mcmc.chain import Point
 
-MAX_DOUBLINGS = 50
+MAX_DOUBLINGS = 33  # a factor of 1e10
 
 
 class DualAveraging(NamedTuple):
@@ -60,9 +60,12 @@ def reasonable_step_size(
     def accepted(step_size: Tensor) -> Tensor:
         step = step_size.unsqueeze(-1)
         halfway = momentum + 0.5 * step * point.gradient
-        log_density, gradient = density(point.position + step * mass.velocity(halfway))
+        position = point.position + step * mass.velocity(halfway)
+        log_density, gradient = density(position)
         error = mass.kinetic(halfway + 0.5 * step * gradient) - log_density.double() - energy
-        return error.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf) < math.log(2)
+        error = error.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+        # A step too small for the floating-point numbers leads nowhere, and isn't a good one.
+        return (error < math.log(2)) & (position != point.position).any(-1)
 
     growing = accepted(step_size)
     searching, factor = torch.ones_like(growing), torch.where(growing, 2.0, 0.5).to(step_size)

@@ -27,7 +27,7 @@ from bayesnn.inference.target import Target
 
 MAX_ENERGY_ERROR = 1000.0  # Stan's threshold for a divergence
 MASSES = ("diagonal", "low-rank", "identity")
-COLLAPSED = 1e-10
+COLLAPSED = 1e-6
 """A step size that warm-up has brought below this share of the one it began with can't be adapted."""
 
 
