@@ -18,7 +18,7 @@ Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def ravel(parameters: Parameters) -> Tensor:
     """Parameters, each (C, *shape), as (C, P)."""
-    return torch.cat([values.flatten(1) for values in parameters.values()], 1)
+    return torch.cat([values.reshape(values.shape[0], -1) for values in parameters.values()], 1)
 
 
 def unravel(flat: Tensor, shapes: dict[str, torch.Size]) -> Parameters:
@@ -52,7 +52,7 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
     with torch.enable_grad():
         value = without_gaussian_prior(target, leaves, batch)
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()))
-    gradient = torch.cat([piece.flatten(1) for piece in gradients], 1)
+    gradient = torch.cat([piece.reshape(piece.shape[0], -1) for piece in gradients], 1)
     return with_gaussian_prior(target, position, value.detach(), gradient)
 
 
@@ -102,6 +102,6 @@ def log_joint(target: Target, position: Tensor, log_likelihood: Callable[[Parame
                 parts.append((value, torch.zeros_like(position)))
                 continue
             gradients = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
-        parts.append((value.detach(), torch.cat([piece.flatten(1) for piece in gradients], 1)))
+        parts.append((value.detach(), torch.cat([piece.reshape(piece.shape[0], -1) for piece in gradients], 1)))
     (log_prior, prior_gradient), (likelihood, likelihood_gradient) = parts
     return LogJoint(log_prior, likelihood, prior_gradient, likelihood_gradient)
