@@ -104,7 +104,7 @@ def compare(name: str, method: str, metric: str, cells: Sequence[dict[str, Any]]
         "metric": metric,
         "unit": "nats" if metric == "test_ll" else "units of y",
         "ours": ours,
-        "stderr": stderr,
+        "stderr": None if math.isnan(stderr) else stderr,
         "ours_unseen_splits": statistics.fmean(unseen) if unseen else None,
         "seeds": [cell["split"] for cell in cells],
         "peer": peer.mean,
