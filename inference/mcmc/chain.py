@@ -148,7 +148,7 @@ class MarkovChain(Configured, ABC):
 
     def _require_adapted(self, step_size: DualAveraging) -> None:
         """Warn of chains that reject whatever they propose; raise ValueError if it's all of them."""
-        collapsed = step_size.log_average.exp() < COLLAPSED * step_size.centre.exp() / 10
+        collapsed = step_size.log_average.exp() < COLLAPSED * step_size.centre.exp()
         if not bool(collapsed.any()):
             return
         message = (
