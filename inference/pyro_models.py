@@ -37,7 +37,7 @@ class PyroTarget:
 
     def __init__(self, model: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         with torch.random.fork_rng(devices=[]):  # the prototype's values aren't used
-            sites = pyro.poutine.trace(model).get_trace(*arguments, **keywords).nodes
+            sites: dict[str, Any] = dict(pyro.poutine.trace(model).get_trace(*arguments, **keywords).nodes)
             latent = {
                 n: s
                 for n, s in sites.items()
@@ -104,9 +104,9 @@ class _NetworkPrior(pyro.distributions.TorchDistribution):
         """All real tensors."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws, from torch's global generator as everywhere in Pyro."""
-        count = max(1, sample_shape.numel())
+        count = max(1, torch.Size(sample_shape).numel())
         seed = int(torch.randint(2**62, ()))
         drawn = self._target.sample_prior(count, torch.Generator().manual_seed(seed))[self._name]
         return drawn.reshape(*sample_shape, *self.event_shape)
