@@ -1,20 +1,39 @@
-"""Pictures of predictions and of optimisations. Each draws on ``ax`` and returns it; no global style is touched."""
+"""Pictures of predictions, of chains and of optimisations. Each draws on ``ax`` and returns it; no global style is touched."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 from torch import Tensor
 
 from bayesnn.predictive import ClassPredictive, Predictive
 
 TOTAL, EPISTEMIC, OBSERVED = "#2a6fb0", "#c1440e", "#222222"
 NEUTRAL = "#8a8a8a"
+
+
+class Chains(Protocol):
+    """Draws of chains, as ``inference.WeightPosterior``: chain by chain in the first dimension of the parameters."""
+
+    parameters: dict[str, Tensor]
+    num_chains: int
+    statistics: dict[str, Tensor]
+
+
+class Fitted(Protocol):
+    """A model with such draws, as ``BNN`` after fit."""
+
+    @property
+    def weights(self) -> Chains:
+        """The draws."""
+        ...
 
 
 def predictive_band(
@@ -95,6 +114,112 @@ def reliability_diagram(
     axes.scatter(x, y, s=10 + 190 * n / n.max(), color=line.get_color(), alpha=0.5)
     axes.set(xlabel="confidence", ylabel="accuracy")
     return axes
+
+
+def trace(posterior: Chains | Fitted, of: str | Tensor, *, ax: Axes | None = None) -> Axes:
+    """One quantity along the chains: lines that overlap and don't drift are what a converged run looks like.
+
+    Args:
+        posterior: a fitted BNN, or its ``weights``.
+        of: a number of each draw, (S,), chain by chain (say, the function values at one point, which the permutation
+            symmetries of weights leave alone); or one entry of a parameter, named as ``weights.summary()`` names it:
+            "likelihood.log_noise_std[0, 0]".
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        ValueError: if there is no such entry, or not one number for each draw.
+    """
+    values = _by_chain(_chains(posterior), of)
+    axes = _axes(ax)
+    for index, chain in enumerate(values):
+        axes.plot(chain, linewidth=0.8, alpha=0.8, label=f"chain {index + 1}")
+    axes.set(xlabel="draw", ylabel=of if isinstance(of, str) else "value")
+    return axes
+
+
+def rank(posterior: Chains | Fitted, of: str | Tensor, *, num_bins: int = 20, ax: Axes | None = None) -> Axes:
+    """How the ranks of each chain's draws among those of all chains are spread (Vehtari et al. 2021, section 4.2).
+
+    Chains of one law have flat histograms, at the dotted line but for chance; a tilted one is off in location, one with a
+    bulge or a dip in the middle in scale.
+
+    Args:
+        posterior, of: as for :func:`trace`.
+        num_bins: bins of equal width over all ranks.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        ValueError: as :func:`trace`, or if num_bins isn't between 2 and the number of draws.
+    """
+    values = _by_chain(_chains(posterior), of)
+    if not 2 <= num_bins <= values.size:
+        raise ValueError(f"num_bins must lie between 2 and the number of draws, {values.size}, found {num_bins}")
+    axes = _axes(ax)
+    ranks = rankdata(values, axis=None).reshape(values.shape)
+    edges = np.linspace(0.5, values.size + 0.5, num_bins + 1)
+    for index, chain in enumerate(ranks):
+        axes.stairs(np.histogram(chain, edges)[0], edges, linewidth=1.4, label=f"chain {index + 1}")
+    axes.axhline(values.shape[1] / num_bins, color=NEUTRAL, linewidth=1, linestyle=":")
+    axes.set(xlabel="rank among all draws", ylabel="draws", ylim=(0, None))
+    return axes
+
+
+def energy(posterior: Chains | Fitted, *, ax: Axes | None = None) -> Axes:
+    """The energies of a Hamiltonian sampler, and how far one step changes them (Betancourt 2016).
+
+    Where the changes are spread much less than the energies, momenta move the chain too slowly through its energies;
+    ``diagnostics`` gives the ratio of the squares as ``e_bfmi``.
+
+    Args:
+        posterior: a fitted BNN, or its ``weights``.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        ValueError: if the method reported no energies, or fewer than two for each chain.
+    """
+    statistics = _chains(posterior).statistics
+    energies = statistics.get("energy")
+    if energies is None or energies.dim() != 2 or len(energies) < 2:
+        found = ", ".join(statistics) if energies is None else f"energies of shape {tuple(energies.shape)}"
+        raise ValueError(
+            f"a plot of energies needs them among the statistics, (draws, chains): found {found or 'none'}"
+        )
+    values = energies.detach().double().cpu().numpy()
+    spread, changes = (values - values.mean(0)).reshape(-1), np.diff(values, axis=0).reshape(-1)
+    edges = np.histogram_bin_edges(np.concatenate([spread, changes]), 40)
+    axes = _axes(ax)
+    for numbers, color, label in ((spread, TOTAL, "energy - its mean"), (changes, EPISTEMIC, "change in one step")):
+        density = np.histogram(numbers, edges, density=True)[0]
+        axes.stairs(density, edges, fill=True, color=color, alpha=0.35, label=label)
+    axes.set(xlabel="energy", ylabel="probability density")
+    return axes
+
+
+def _chains(posterior: Chains | Fitted) -> Chains:
+    weights: Chains = getattr(posterior, "weights", posterior)
+    return weights
+
+
+def _by_chain(draws: Chains, of: str | Tensor) -> np.ndarray:
+    """(chains, draws)."""
+    values = _entry(draws.parameters, of) if isinstance(of, str) else of
+    num_draws = len(next(iter(draws.parameters.values())))
+    if tuple(values.shape) != (num_draws,):
+        found = f"{of!r}, of shape {tuple(values.shape[1:])}" if isinstance(of, str) else str(tuple(values.shape))
+        raise ValueError(f"of must be one number of each draw, ({num_draws},), or name an entry: found {found}")
+    return _flat(values).reshape(draws.num_chains, -1)
+
+
+def _entry(parameters: Mapping[str, Tensor], label: str) -> Tensor:
+    """The draws of "name" or "name[i, j]"."""
+    name, _, entry = label.removesuffix("]").partition("[") if label.endswith("]") else (label, "", "")
+    if name not in parameters:
+        raise ValueError(f"of must name one of {', '.join(parameters)}, found {label!r}")
+    try:
+        return parameters[name][(slice(None), *(int(i) for i in entry.split(",") if entry))]
+    except (IndexError, ValueError) as error:
+        shape = tuple(parameters[name].shape[1:])
+        raise ValueError(f"of must name an entry of {name}, of shape {shape}, found {label!r}") from error
 
 
 def regret_curve(
