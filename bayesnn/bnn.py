@@ -14,9 +14,9 @@ from bayesnn.data import BayesnnWarning, Data
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles.deep import DeepEnsemble
 from bayesnn.inference.mcmc.hmc import HMC
-from bayesnn.inference.partial import PartialTarget, Stochastic, stochastic_names
+from bayesnn.inference.network_target import NetworkTarget
+from bayesnn.inference.partial import Stochastic, partial_target, stochastic_names
 from bayesnn.inference.run import Method, run
-from bayesnn.inference.target import NetworkTarget
 from bayesnn.inference.vi.mean_field import MeanField
 from bayesnn.likelihoods import Likelihood
 from bayesnn.model import Model
@@ -38,9 +38,10 @@ class BNN(Model):
         likelihood: p(y | f); Gaussian with learned noise by default.
         prior: p(w); ``priors.Normal()`` by default.
         method: HMC, MeanField, DeepEnsemble …; HMC by default.
-        stochastic: which of the network's parameters are sampled: "all"; "last" (the last layer); or names or patterns. The
-            others are learned first, by ``DeepEnsemble`` with one member on all rows, and stay there. The method's chains
-            begin at what was learned.
+        stochastic: which of the network's parameters are sampled: "all"; "last", those of the last module (in the order of
+            registration) that has any of its own; or names or patterns (as in a shell: ``["head.*", "*.bias"]``). The others
+            are learned first, at the joint mode of all (``DeepEnsemble(num_members=1, held_out=0.0)``), and stay there. The
+            likelihood's parameters are sampled in any case; frozen weights (``requires_grad_(False)``) never are.
         max_draws: at most so many draws, evenly spaced, answer ``posterior`` and ``predict``: their cost is linear in it.
         temperature: 1 for the Bayes posterior; below 1 a cold one.
         scale_inputs: standardise the columns of X.
@@ -76,18 +77,12 @@ class BNN(Model):
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         target = self._target(data, outcome_scale)
-        if self.stochastic == "all":
-            self._take(target, run(self.method, target, **options))
-            return
         names = stochastic_names(target.network, self.stochastic)
-        checkpoint = options.pop("checkpoint", None)
-        folders = [None if checkpoint is None else Path(checkpoint) / part for part in ("learned", "sampled")]
-        learner = DeepEnsemble(num_members=1, held_out=0.0)
-        learned = run(learner, target, checkpoint=folders[0], **options).parameters
-        partial = PartialTarget(target, names, {name: value[0] for name, value in learned.items()})
-        weights = run(self.method, partial, checkpoint=folders[1], **options)
-        weights.parameters = partial.completed(weights.parameters)
-        self._take(target, weights)
+        if len(names) < len(stochastic_names(target.network, "all")):
+            learning, options = _two_runs(options)
+            learned = run(DeepEnsemble(num_members=1, held_out=0.0), target, **learning).parameters
+            target = partial_target(target, names, {name: value[0] for name, value in learned.items()})
+        self._take(target, run(self.method, target, **options).completed(target.frozen))
 
     def _target(self, data: Data, outcome_scale: Tensor) -> NetworkTarget:
         network = self.network
@@ -160,7 +155,8 @@ class BNN(Model):
         return conditioned
 
     def _state(self) -> dict[str, Tensor]:
-        state = {f"draws.{name}": values for name, values in self._weights.parameters.items()}
+        state = {f"draws.{name}": values for name, values in self._weights.sampled.items()}
+        state |= {f"fixed.{name}": values for name, values in self._weights.fixed.items()}
         state |= {f"statistics.{name}": values for name, values in self._weights.statistics.items()}
         state |= {f"buffers.{name}": values for name, values in self._fitted_network.named_buffers()}
         state["num_chains"] = torch.tensor(self._weights.num_chains)
@@ -173,7 +169,7 @@ class BNN(Model):
         return dict(self._arguments) | {"network": self._fitted_network}
 
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
-        groups: dict[str, dict[str, Tensor]] = {"draws": {}, "statistics": {}, "buffers": {}}
+        groups: dict[str, dict[str, Tensor]] = {"draws": {}, "fixed": {}, "statistics": {}, "buffers": {}}
         for name, tensor in tensors.items():
             group, _, rest = name.partition(".")
             if group in groups:
@@ -184,9 +180,20 @@ class BNN(Model):
         self._take(
             target,
             WeightPosterior(
-                groups["draws"], int(tensors["num_chains"]), tensors.get("log_weights"), groups["statistics"]
+                groups["draws"],
+                int(tensors["num_chains"]),
+                tensors.get("log_weights"),
+                groups["statistics"],
+                groups["fixed"],
             ),
         )
+
+
+def _two_runs(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the run that learns and of the one that samples; the user's callbacks are for the second."""
+    folder = options.get("checkpoint")
+    learning, sampling = ({"checkpoint": folder and Path(folder) / part} for part in ("learned", "sampled"))
+    return options | learning | {"callbacks": ()}, options | sampling
 
 
 def _surrogate(method: Method) -> Callable[..., BNN]:

@@ -196,8 +196,7 @@ def energy(posterior: Chains | Fitted, *, ax: Axes | None = None) -> Axes:
 
 
 def _chains(posterior: Chains | Fitted) -> Chains:
-    weights: Chains = getattr(posterior, "weights", posterior)
-    return weights
+    return posterior.weights if hasattr(posterior, "weights") else posterior
 
 
 def _by_chain(draws: Chains, of: str | Tensor) -> np.ndarray:
@@ -216,7 +215,8 @@ def _entry(parameters: Mapping[str, Tensor], label: str) -> Tensor:
     if name not in parameters:
         raise ValueError(f"of must name one of {', '.join(parameters)}, found {label!r}")
     try:
-        return parameters[name][(slice(None), *(int(i) for i in entry.split(",") if entry))]
+        where: list[slice | int] = [slice(None), *(int(index) for index in entry.split(",") if entry)]
+        return parameters[name][tuple(where)]
     except (IndexError, ValueError) as error:
         shape = tuple(parameters[name].shape[1:])
         raise ValueError(f"of must name an entry of {name}, of shape {shape}, found {label!r}") from error

@@ -3,12 +3,14 @@
 from bayesnn.inference.compiled import Compiled
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles import DeepEnsemble
+from bayesnn.inference.function_target import FunctionTarget
 from bayesnn.inference.mcmc import HMC, MALA, MCLMC, NUTS, AdjustedMCLMC, RandomWalk
+from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.parallel import run_chains
 from bayesnn.inference.run import Method, run
 from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial, Structured
 from bayesnn.inference.smc import SMC
-from bayesnn.inference.target import FunctionTarget, NetworkTarget, Target
+from bayesnn.inference.target import Target
 from bayesnn.inference.vi import MeanField
 from bayesnn.inference.warm_start import WarmStarted
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesnn.inference.target import Parameters, apply_network, network_parameters
+from bayesnn.inference import diagnostics
+from bayesnn.inference.members import apply_network, network_parameters
+from bayesnn.inference.target import Parameters
 from bayesnn.posteriors import FunctionDraws
 
 
@@ -20,6 +23,8 @@ class WeightPosterior:
         num_chains: how many chains the draws come from; 1 for independent draws.
         log_weights: (S,), unnormalised; None means equal weights.
         statistics: what the method reports of its run (acceptance, divergences, step sizes …), tensors by name.
+        fixed: parameters that are the same in all draws, (*shape) each: those of a partly stochastic network that were
+            learned. Among ``parameters`` they are views, not S copies.
     """
 
     def __init__(
@@ -28,9 +33,25 @@ class WeightPosterior:
         num_chains: int = 1,
         log_weights: Tensor | None = None,
         statistics: dict[str, Tensor] | None = None,
+        fixed: Parameters | None = None,
     ) -> None:
-        self.parameters, self.num_chains, self.log_weights = parameters, num_chains, log_weights
-        self.statistics = statistics or {}
+        self.num_chains, self.log_weights = num_chains, log_weights
+        self.statistics, self.fixed = statistics or {}, fixed or {}
+        count = next(iter(parameters.values())).shape[0]
+        self.parameters = parameters | {name: value.expand(count, *value.shape) for name, value in self.fixed.items()}
+
+    @property
+    def sampled(self) -> Parameters:
+        """The parameters that differ between draws."""
+        return {name: values for name, values in self.parameters.items() if name not in self.fixed}
+
+    def completed(self, fixed: Parameters) -> WeightPosterior:
+        """The same draws, with parameters that all of them have in common."""
+        complete = copy.copy(self)
+        WeightPosterior.__init__(
+            complete, self.sampled, self.num_chains, self.log_weights, self.statistics, self.fixed | fixed
+        )
+        return complete
 
     def __len__(self) -> int:
         return next(iter(self.parameters.values())).shape[0]
@@ -45,15 +66,18 @@ class WeightPosterior:
         else:
             cdf = torch.softmax(self.log_weights.double(), -1).cumsum(-1)
             index = torch.searchsorted(cdf, grid).clamp_max(len(self) - 1)
-        return WeightPosterior({name: values[index] for name, values in self.parameters.items()})
+        return WeightPosterior({name: values[index] for name, values in self.sampled.items()}, fixed=self.fixed)
 
     def posterior(self, network: nn.Module, X: Tensor) -> FunctionDraws:
         """The latent function values at X: (*batch, q, d) -> draws (*batch, S, q, p).
 
-        The t-batch is folded into rows, so that the weights are never copied for each of its elements.
+        Parameters of the network that aren't among the draws' keep their values in the network. The t-batch is folded into
+        rows, so that the weights are never copied for each of its elements.
         """
         rows = X.reshape(-1, X.shape[-1])
-        values = apply_network(network, network_parameters(self.parameters), rows)  # (S, rows, p)
+        own, shared = network_parameters(self.sampled), network_parameters(self.fixed)
+        shared |= {name: value for name, value in network.named_parameters() if name not in own | shared}
+        values = apply_network(network, own, rows, shared)  # (S, rows, p)
         values = values.unflatten(1, X.shape[:-1]).movedim(0, -3)
         return FunctionDraws(values, self.log_weights)
 
@@ -62,7 +86,7 @@ class WeightPosterior:
         return values.unflatten(0, (self.num_chains, -1))
 
     def diagnostics(self, function_values: Tensor) -> dict[str, float]:
-        """R-hat and effective sample sizes in function space, and the method's own statistics.
+        """R-hat and effective sample sizes in function space, and what the method says of its run.
 
         Weights have permutation symmetries, so that their R-hat says nothing; function values have none.
 
@@ -70,30 +94,31 @@ class WeightPosterior:
             function_values: (S, k), the draws' values at k places (say, the predictions at k points).
 
         Returns:
-            The worst over the k places of: ``r_hat`` (rank-normalised split R-hat; NaN for one short chain), ``ess_bulk``
-            and ``ess_tail`` (Vehtari et al. 2021, through ArviZ); and the mean of each statistic of the run.
+            The worst over the k places of ``r_hat`` (rank-normalised split R-hat; NaN for one short chain), ``ess_bulk``
+            and ``ess_tail`` (Vehtari et al. 2021, through ArviZ); the mean of each statistic of the run; where the method
+            reports them, ``num_diverging`` and the smallest ``e_bfmi`` of the chains' energies (Betancourt 2016, eq. 5).
+            Weighted draws are resampled systematically within their chains first.
+
+        Raises:
+            ValueError: if the shape is another, or weighted chains have different total weights.
+            ModuleNotFoundError: if ArviZ isn't installed.
         """
-        arviz = _arviz()
-        array = self.by_chain(function_values.detach()).double().numpy()
-        dataset = arviz.convert_to_dataset({"f": array})
-        results = {
-            "r_hat": float(arviz.rhat(dataset)["f"].max()),
-            "ess_bulk": float(arviz.ess(dataset, method="bulk")["f"].min()),
-            "ess_tail": float(arviz.ess(dataset, method="tail")["f"].min()),
-        }
-        return results | {name: float(values.double().mean()) for name, values in self.statistics.items()}
+        return diagnostics.diagnose(self, function_values)
+
+    def summary(self, patterns: str | Sequence[str] = "*") -> Any:
+        """ArviZ's table (a data frame) of named parameters: mean, sd, interval, effective sample sizes, R-hat.
+
+        Args:
+            patterns: names or patterns (as in a shell), such as "likelihood.*"; all sampled parameters by default.
+
+        Raises:
+            ValueError: if nothing matches.
+            ModuleNotFoundError: if ArviZ isn't installed.
+        """
+        return diagnostics.summarise(self, patterns)
 
     def to_arviz(self) -> Any:
-        """The draws and the run's statistics as an ArviZ ``InferenceData``."""
-        arviz = _arviz()
-        posterior = {name: self.by_chain(values).numpy() for name, values in self.parameters.items()}
-        statistics = {name: values.T.numpy() for name, values in self.statistics.items() if values.dim() == 2}
-        return arviz.from_dict(posterior=posterior, sample_stats=statistics)
-
-
-def _arviz() -> Any:
-    # Imported when asked for: it takes seconds, and is an extra.
-    try:
-        return importlib.import_module("arviz")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("diagnostics need ArviZ: pip install 'bayesnn[diagnostics]'") from error
+        """The draws and each draw's statistics as an ArviZ ``InferenceData``, under ArviZ's names; fixed parameters as
+        constant data.
+        """
+        return diagnostics.inference_data(self)

@@ -51,7 +51,8 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
     leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
     with torch.enable_grad():
         value = without_gaussian_prior(target, leaves, batch)
-        gradients = torch.autograd.grad(value.sum(), list(leaves.values()))
+        # Zero for a parameter that the network doesn't use.
+        gradients = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
     gradient = torch.cat([piece.reshape(piece.shape[0], -1) for piece in gradients], 1)
     return with_gaussian_prior(target, position, value.detach(), gradient)
 

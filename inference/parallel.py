@@ -105,11 +105,12 @@ def concatenate(posteriors: list[WeightPosterior]) -> WeightPosterior:
         return torch.cat(values, 1) if values[0].dim() == 2 else torch.stack(values, -1)
 
     first = posteriors[0]
-    parameters = {name: torch.cat([p.parameters[name] for p in posteriors]) for name in first.parameters}
+    parameters = {name: torch.cat([p.sampled[name] for p in posteriors]) for name in first.sampled}
     log_weights = [p.log_weights for p in posteriors if p.log_weights is not None]
     return WeightPosterior(
         parameters,
         sum(p.num_chains for p in posteriors),
         torch.cat(log_weights) if log_weights else None,
         {name: joined(name) for name in first.statistics},
+        first.fixed,
     )

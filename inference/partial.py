@@ -6,16 +6,15 @@ and Rainforth, Do Bayesian neural networks need to be fully stochastic?, 2023).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bayesnn.data import Data
-from bayesnn.files import fingerprint
-from bayesnn.inference.target import LIKELIHOOD, NETWORK, NetworkTarget, Parameters
+from bayesnn.inference.members import NETWORK
+from bayesnn.inference.network_target import NetworkTarget
+from bayesnn.inference.target import Parameters
 
 Stochastic = str | Sequence[str]
 
@@ -23,81 +22,72 @@ Stochastic = str | Sequence[str]
 def stochastic_names(network: nn.Module, stochastic: Stochastic) -> list[str]:
     """The names of the network's parameters that are to be sampled.
 
+    A parameter that is used in several places goes by any of its names, and is given by its first.
+
     Args:
-        network: any module.
+        network: any module; its frozen parameters (``requires_grad_(False)``) aren't sampled in any case.
         stochastic: "all"; "last": those of the last module, in the order of registration, that has parameters of its own;
             or names or patterns (as in a shell) of parameters.
 
     Raises:
-        ValueError: if a pattern matches no parameter.
+        TypeError: if it is something else.
+        ValueError: if a pattern matches no parameter, or frozen ones only.
     """
-    names = [name for name, _ in network.named_parameters()]
+    first: dict[int, str] = {}
+    names = {}  # every name to the first name of the same parameter
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names[name] = first.setdefault(id(parameter), name)
+    free = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     if isinstance(stochastic, str):
-        if stochastic == "all":
-            return names
-        if stochastic != "last":
+        if stochastic not in ("all", "last"):
             raise ValueError(f"stochastic must be 'all', 'last' or a list of names or patterns, found {stochastic!r}")
-        last = names[-1].rpartition(".")[0]
-        return [name for name in names if name.rpartition(".")[0] == last]
+        modules = {name: _module(name) for name in names}
+        last = next((modules[name] for name in reversed(names) if names[name] in free), None)
+        chosen = {names[name] for name in names if stochastic == "all" or modules[name] == last}
+        return [name for name in free if name in chosen]
+    if not isinstance(stochastic, Sequence) or not all(isinstance(pattern, str) for pattern in stochastic):
+        raise TypeError(f"stochastic must be 'all', 'last' or a list of names or patterns, found {stochastic!r}")
     if not stochastic:
         raise ValueError(
             "stochastic must name at least one parameter, found an empty list; DeepEnsemble learns all of them"
         )
+    chosen = set()
     for pattern in stochastic:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"stochastic: {pattern!r} matches none of the network's parameters {names}")
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in stochastic)]
+        matching = {names[name] for name in names if fnmatch(name, pattern)}
+        if not matching:
+            raise ValueError(f"stochastic: {pattern!r} matches none of the network's parameters {list(names)}")
+        if matching.isdisjoint(free):
+            raise ValueError(f"stochastic: {pattern!r} matches frozen parameters only: {sorted(matching)}")
+        chosen |= matching
+    return [name for name in free if name in chosen]
 
 
-class PartialTarget:
-    """The posterior of some of a network's parameters given the others; the likelihood's parameters are sampled too.
+def _module(name: str) -> str:
+    # A parametrised tensor's own parameters (weight normalisation …) belong to the layer that uses it.
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+
+
+def partial_target(target: NetworkTarget, names: Sequence[str], learned: Parameters) -> NetworkTarget:
+    """The posterior of some of a network's parameters, and of the likelihood's, given the network's others.
+
+    It is a target like any other, over a network whose other parameters are frozen. Below the first of the sampled
+    parameters, features are computed once for all chains.
 
     Args:
         target: of all parameters.
         names: the network's parameters that are sampled, without their prefix.
-        learned: values of all parameters, (*shape) each: the others stay there, and chains begin there.
+        learned: values (*shape) of the others at least, by their full names.
+
+    Raises:
+        ValueError: if a name is none of the network's free parameters.
     """
-
-    def __init__(self, target: NetworkTarget, names: Sequence[str], learned: Parameters) -> None:
-        self._target = target
-        sampled = {NETWORK + name for name in names}
-        self._shapes = {n: shape for n, shape in target.shapes().items() if n in sampled or n.startswith(LIKELIHOOD)}
-        self._learned = {name: learned[name] for name in self._shapes}
-        self.fixed_parameters = {name: learned[name] for name in target.shapes() if name not in self._shapes}
-        self.flat_gaussian_prior = None
-        self.fingerprint = fingerprint(target.fingerprint, *sorted(self._shapes), *self.fixed_parameters.values())
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_target":  # while being unpickled in another process
-            raise AttributeError(name)
-        return getattr(self._target, name)
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Of the sampled parameters."""
-        return self._shapes
-
-    def initial(self, count: int, generator: torch.Generator) -> Parameters:
-        """All chains at the learned values."""
-        return {name: value.expand(count, *value.shape).clone() for name, value in self._learned.items()}
-
-    def sample_prior(self, count: int, generator: torch.Generator) -> Parameters:
-        """Draws from the prior of the sampled parameters."""
-        drawn = self._target.sample_prior(count, generator)
-        return {name: drawn[name] for name in self._shapes}
-
-    def completed(self, parameters: Parameters) -> Parameters:
-        """All parameters: those given, and the fixed ones for each of them (views, not copies)."""
-        count = next(iter(parameters.values())).shape[0]
-        return parameters | {name: value.expand(count, *value.shape) for name, value in self.fixed_parameters.items()}
-
-    def log_prior(self, parameters: Parameters) -> Tensor:
-        """Of the sampled parameters, (C,)."""
-        return self._target.log_prior(parameters)
-
-    def log_likelihood(self, parameters: Parameters, batch: Data | None = None) -> Tensor:
-        """The sum over the batch of log p(y | x, theta), (C,)."""
-        return self._target.log_likelihood(self.completed(parameters), batch)
-
-    def pointwise_log_likelihood(self, parameters: Parameters, batch: Data | None = None) -> Tensor:
-        """log p(y | x, theta) of every row of the batch, (C, |B|)."""
-        return self._target.pointwise_log_likelihood(self.completed(parameters), batch)
+    unknown = [name for name in names if NETWORK + name not in target.shapes()]
+    if unknown:
+        raise ValueError(f"names must be free parameters of the network, found {unknown}")
+    network = copy.deepcopy(target.network)
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and name not in names:
+            parameter.requires_grad_(False).copy_(learned[NETWORK + name])
+    return NetworkTarget(
+        network, target.likelihood, target.prior, target.data, target.outcome_scale, target.temperature
+    )

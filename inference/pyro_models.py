@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayesnn.data import Data
-from bayesnn.inference.target import NETWORK, FlatGaussian, NetworkTarget, Parameters
+from bayesnn.inference.members import NETWORK
+from bayesnn.inference.network_target import NetworkTarget
+from bayesnn.inference.target import FlatGaussian, Parameters
 
 
 class PyroTarget:

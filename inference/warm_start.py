@@ -17,8 +17,9 @@ from torch import Tensor
 
 from bayesnn.configured import Configured
 from bayesnn.inference.ensembles.deep import DeepEnsemble, DeepEnsembleState
+from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.run import Method
-from bayesnn.inference.target import NetworkTarget, Parameters, Target
+from bayesnn.inference.target import Parameters, Target
 
 
 class Sampler(Method, Protocol):

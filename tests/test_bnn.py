@@ -234,7 +234,7 @@ class Counting(nn.Module):
     [
         (nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), "uses batch statistics"),
         (nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.2), nn.Linear(4, 1)), "draws random numbers"),
-        (Counting(), "can't be evaluated for many sets of weights at once"),
+        (Counting(), "draws random numbers in its forward"),
         (nn.Linear(2, 3), r"network must map \(n, 2\) to \(n, 1\) for Gaussian with 1 output"),
         (lambda d, p: nn.Linear(d, p + 1), r"network must map \(n, 2\) to \(n, 1\)"),
         (nn.Linear(5, 1), "network can't take"),

@@ -19,8 +19,10 @@ from torch import Tensor
 from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
+from bayesnn.inference.members import NETWORK
+from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, warmup_cosine
-from bayesnn.inference.target import NETWORK, NetworkTarget, Parameters
+from bayesnn.inference.target import Parameters
 from bayesnn.priors import location
 
 MIN_HELD_OUT = 2

@@ -29,8 +29,10 @@ from torch.func import functional_call
 from bayesnn.configured import Configured
 from bayesnn.data import Data, minibatch
 from bayesnn.inference.draws import WeightPosterior
+from bayesnn.inference.members import NETWORK, network_parameters
+from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, warmup_cosine
-from bayesnn.inference.target import NETWORK, NetworkTarget, Parameters, network_parameters
+from bayesnn.inference.target import Parameters
 
 
 class MeanFieldState(NamedTuple):
@@ -175,8 +177,8 @@ def _divergence(target: NetworkTarget, means: Parameters, log_stds: Parameters, 
 def local_layers(network: nn.Module, X: Tensor) -> list[nn.Linear]:
     """The linear layers whose outputs can be drawn instead of their weights.
 
-    Those called once in a forward pass, on (points, features), and sharing no parameter with another layer: only then
-    is a fresh draw of the output for each row a draw under q.
+    Those called once in a forward pass, on (points, features), with no frozen parameter and none shared with another layer:
+    only then is a fresh draw of the output for each row a draw under q.
     """
     calls: dict[nn.Linear, int] = {}
 
@@ -196,7 +198,11 @@ def local_layers(network: nn.Module, X: Tensor) -> list[nn.Linear]:
     uses: dict[int, int] = {}
     for _, parameter in network.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    return [m for m in linear if calls.get(m) == 1 and all(uses[id(p)] == 1 for p in m.parameters())]
+    return [
+        layer
+        for layer in linear
+        if calls.get(layer) == 1 and all(uses[id(p)] == 1 and p.requires_grad for p in layer.parameters())
+    ]
 
 
 def _parameter_names(layer: nn.Module, network: nn.Module) -> list[str]:

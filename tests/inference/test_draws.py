@@ -66,3 +66,52 @@ def test_arviz_gets_chains_and_draws():
     name = "likelihood.log_noise_std"
     np.testing.assert_array_equal(inference_data.posterior[name].values[1], posterior.parameters[name][4:8])
     np.testing.assert_array_equal(inference_data.sample_stats["energy"].values[1], [1, 4, 7, 10])
+
+
+def test_energies_and_divergences():
+    energy = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+    diverging = torch.zeros(30, 2)
+    diverging[3:5, 1] = 0.5  # of the steps since the draw before
+    _, posterior = weights(60, num_chains=2, statistics={"energy": energy, "diverging": diverging})
+    found = posterior.diagnostics(torch.randn(60, 1, generator=torch.Generator().manual_seed(1)))
+    fractions = energy.diff(dim=0).square().sum(0) / (energy - energy.mean(0)).square().sum(0)  # Betancourt 2016, eq. 5
+    assert found["e_bfmi"] == pytest.approx(float(fractions.min()), rel=0.05)
+    assert found["num_diverging"] == 2
+    flags = posterior.to_arviz().sample_stats["diverging"]
+    assert flags.dtype == bool and flags.values[1].sum() == 2 and flags.values[0].sum() == 0
+
+
+def test_summaries_of_named_parameters():
+    _, posterior = weights(400, num_chains=4)
+    table = posterior.summary("likelihood.*")
+    assert list(table.index) == [f"likelihood.log_noise_std[0, {i}]" for i in range(3)]
+    values = posterior.parameters["likelihood.log_noise_std"]
+    np.testing.assert_allclose(table["mean"], values.mean(0).flatten(), atol=6e-4)  # three digits are shown
+    assert len(posterior.summary()) == sum(v[0].numel() for v in posterior.parameters.values())
+    with pytest.raises(ValueError, match="patterns must match one of network"):
+        posterior.summary(["nothing"])
+
+
+def test_weighted_draws_in_diagnostics():
+    # Independent draws, each with weight 4 or 0: a quarter of them is left.
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(2000, generator=generator, dtype=torch.float64)
+    log_weights = torch.where(torch.arange(2000) % 4 == 0, 0.0, -torch.inf)
+    posterior = WeightPosterior({"x": values}, num_chains=2, log_weights=log_weights)
+    own = posterior.to_arviz().posterior["x"].values
+    assert set(own[1].tolist()) == set(values[1000:][::4].tolist())
+    assert 350 < posterior.diagnostics(values[:, None])["ess_bulk"] < 650
+    skewed = WeightPosterior({"x": values}, num_chains=2, log_weights=torch.arange(2000.0))
+    with pytest.raises(ValueError, match="different total weights"):
+        skewed.to_arviz()
+
+
+def test_fixed_parameters_are_kept_once():
+    _, posterior = weights(12, num_chains=3)
+    sampled = {"likelihood.log_noise_std": posterior.parameters["likelihood.log_noise_std"]}
+    fixed = {name: values[0] for name, values in posterior.parameters.items() if name not in sampled}
+    own = WeightPosterior(sampled, num_chains=3).completed(fixed)
+    assert set(own.parameters) == set(posterior.parameters) and set(own.sampled) == set(sampled)
+    assert own.parameters["network.layers.0.weight"].stride(0) == 0
+    assert set(own.draws(3).fixed) == set(fixed) and own.num_chains == 3
+    assert set(own.to_arviz().constant_data) == set(fixed)

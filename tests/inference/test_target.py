@@ -8,7 +8,8 @@ from bayesnn import likelihoods, networks, priors
 from bayesnn.data import Data
 from bayesnn.inference import FunctionTarget, NetworkTarget
 from bayesnn.inference.flat import log_density_and_gradient, ravel, unravel
-from bayesnn.inference.target import apply_network, check_network, log_density
+from bayesnn.inference.members import apply_network, check_network
+from bayesnn.inference.target import log_density
 
 
 def data(n=12, d=3, m=1, dtype=torch.float64):
@@ -125,20 +126,9 @@ class Noisy(nn.Module):
         return self.linear(nn.functional.dropout(X, 0.5))
 
 
-class NotVectorisable(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 1)
-
-    def forward(self, X):
-        f = self.linear(X)
-        return f if float(f.detach().sum()) > 0 else -f
-
-
-@pytest.mark.parametrize("network", [Noisy(), NotVectorisable()])
-def test_networks_that_cannot_be_run_for_many_weights_are_refused_before_work_starts(network):
-    with pytest.raises(ValueError, match="network can't be evaluated for many sets of weights at once"):
-        target(network)
+def test_random_numbers_in_the_forward_are_refused_before_work_starts():
+    with pytest.raises(ValueError, match="draws random numbers in its forward"):
+        target(Noisy())
 
 
 def test_wrong_number_of_outputs():
