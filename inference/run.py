@@ -109,11 +109,12 @@ def run(
     if watched is not None and saved is not None and kept.num_draws:
         watched.restore(saved.read_draws(kept))
     finished: Callable[[Any], bool] | None = getattr(method, "finished", None)
-    late = False
+    done = finished is not None and start > 0 and finished(state)
+    late, enough = False, target_ess is not None and watched is not None and watched.reached(target_ess)
 
     bar = tqdm(total=method.num_steps, initial=start, disable=not progress, desc=type(method).__name__)
     with bar, _deferred_interrupt() as interrupted:
-        for index in range(start, method.num_steps):
+        for index in range(start, start if done or enough else method.num_steps):
             state, info = method.step(target, state, generator)
             draw = method.keep(state, index)
             trace.add(flatten(info), draw is not None, first=not kept.num_draws)
@@ -142,7 +143,7 @@ def run(
             + ("" if saved is None else "; another run goes on from the checkpoint")
         )
     draws = stack(kept.new) if saved is None else saved.read_draws(kept)
-    return method.result(target, state, draws, trace.stacked())
+    return method.result(target, state, draws, trace.stacked(with_block=not kept.num_draws))
 
 
 class _Watched:

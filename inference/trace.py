@@ -26,13 +26,16 @@ class Trace:
         self.block = {name: self.block[name] + value for name, value in info.items()} if self.length else info
         self.length += 1
         if kept or (first and self.length == self.stride):
-            row = {name: value / self.length for name, value in self.block.items()} if self.length > 1 else self.block
-            self.rows.append(row)
+            self.rows.append(self._mean())
             self.block, self.length = {}, 0
 
-    def stacked(self) -> dict[str, Tensor]:
-        """The rows along a new first dimension."""
-        return {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]} if self.rows else {}
+    def stacked(self, with_block: bool = False) -> dict[str, Tensor]:
+        """The rows along a new first dimension; ``with_block``: the unfinished block is one of them."""
+        rows = self.rows + ([self._mean()] if with_block and self.length else [])
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+    def _mean(self) -> dict[str, Tensor]:
+        return {name: value / self.length for name, value in self.block.items()} if self.length > 1 else self.block
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, to be saved."""

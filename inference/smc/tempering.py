@@ -154,7 +154,7 @@ class SMC(Configured):
         seen, new = self._rows(target, state)
         with torch.no_grad():
             log_likelihood = _log_likelihood(target, unravel(state.position, target.shapes()), new)
-        log_likelihood = log_likelihood.double().nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        log_likelihood = log_likelihood.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         beta = self._next_inverse_temperature(log_likelihood, float(state.inverse_temperature))
         # The particles have equal weights before: they were resampled.
         log_weights = (beta - state.inverse_temperature) * log_likelihood
@@ -248,13 +248,14 @@ class SMC(Configured):
     def result(
         self, target: Target, state: SMCState, draws: dict[str, Tensor], infos: dict[str, Tensor]
     ) -> WeightPosterior:
-        """The particles, equally weighted; among the statistics, ``log_evidence`` after every step."""
+        """The particles, equally weighted; among the statistics, ``log_evidence``, a number."""
         if not self.finished(state):
             raise ValueError(
                 f"SMC has reached max_steps = {self.max_steps} with {int(state.num_seen)} of {int(state.num_rows)} rows seen "
                 f"and inverse temperature {float(state.inverse_temperature):.3g}: raise max_steps, or lower ess_fraction"
             )
-        return WeightPosterior(unravel(state.position, target.shapes()), statistics=infos)
+        statistics = infos | {"log_evidence": state.log_evidence}
+        return WeightPosterior(unravel(state.position, target.shapes()), statistics=statistics)
 
 
 def _log_likelihood(target: Target, parameters: Parameters, rows: Data | None) -> Tensor:

@@ -349,3 +349,4 @@ def test_target_ess(tmp_path):
     with pytest.raises(Stop):
         run(method, normal, callbacks=[stop_after(80)], **options)
     assert_equal(run(method, normal, **options), posterior)
+    assert_equal(run(method, normal, **options), posterior)  # and stays there

@@ -54,7 +54,7 @@ def test_conjugate_posterior_and_evidence(name):
     for seed in seeds:
         posterior = run(SMC(num_particles=512, **SETTINGS[name]), target(), seed=seed)
         draws = flat_draws(posterior)
-        estimates.append(float(posterior.statistics["log_evidence"][-1]))
+        estimates.append(float(posterior.statistics["log_evidence"]))
         means.append(draws.mean(0))
         squares.append((draws - oracle().mean).square().mean(0))
         assert float(posterior.statistics["inverse_temperature"][-1]) == 1
@@ -104,7 +104,7 @@ def test_the_evidence_is_unbiased(waste_free, resampling):
         adapt=False,
     )
     estimates = torch.stack(
-        [run(method, target, seed=seed).statistics["log_evidence"][-1] for seed in range(200)]
+        [run(method, target, seed=seed).statistics["log_evidence"] for seed in range(200)]
     ).exp()
     assert estimates.std() / evidence > 0.05
     assert abs(float(z_score(estimates.unsqueeze(-1), evidence))) < 4
@@ -122,7 +122,7 @@ def test_the_evidence_of_a_stream_is_unbiased():
     )
     evidence = float(oracle().log_evidence)
     ratios = torch.stack(
-        [(run(method, target(), seed=seed).statistics["log_evidence"][-1] - evidence).exp() for seed in range(200)]
+        [(run(method, target(), seed=seed).statistics["log_evidence"] - evidence).exp() for seed in range(200)]
     )
     assert ratios.std() > 0.05
     assert abs(float(z_score(ratios.unsqueeze(-1), 1.0))) < 4
@@ -153,11 +153,40 @@ def test_a_stream_goes_on_where_it_stood():
     for seed in range(5):
         first = run(SMC(num_particles=512), target(12), seed=seed)
         both = run(SMC(num_particles=512, num_seen=12), StartingAt(target(), first.parameters), seed=seed + 100)
-        estimates.append(float(both.statistics["log_evidence"][-1]))
+        estimates.append(float(both.statistics["log_evidence"]))
     draws = flat_draws(both)
     # The evidence of the new rows given the old ones.
     assert abs(sum(estimates) / 5 - float(oracle().log_evidence - oracle(12).log_evidence)) < 0.2
     assert ((draws.mean(0) - oracle().mean) / oracle().covariance.diagonal().sqrt()).abs().max() < 0.3
+
+
+def test_the_evidence_is_that_of_the_last_step_however_many_are_allowed(tmp_path):
+    target, _ = linear_model()
+    few, many = (run(SMC(num_particles=64, max_steps=count), target()) for count in (1000, 4000))
+    assert torch.equal(few.statistics["log_evidence"], many.statistics["log_evidence"])
+
+
+def test_a_finished_run_takes_in_nothing_twice(tmp_path):
+    target, _ = linear_model()
+    first, again = (run(SMC(num_particles=64), target(), checkpoint=tmp_path / "smc") for _ in range(2))
+    assert torch.equal(first.statistics["log_evidence"], again.statistics["log_evidence"])
+    for name, values in first.parameters.items():
+        assert torch.equal(values, again.parameters[name])
+
+
+def test_impossible_particles_die():
+    """Half of the prior has likelihood zero; where the data are possible, they say nothing."""
+
+    def sample(count, generator):
+        return {"x": torch.randn(count, 1, generator=generator, dtype=torch.float64)}
+
+    def half(p):
+        return torch.where(p["x"][:, 0] > 0, 0.0, -torch.inf) + 0 * p["x"][:, 0]
+
+    target = FunctionTarget(half, sample, lambda p: -0.5 * p["x"].square().sum(-1), sample)
+    posterior = run(SMC(num_particles=4000, ess_fraction=0.3), target)
+    assert (posterior.parameters["x"] > 0).all()
+    assert float(posterior.statistics["log_evidence"]) == pytest.approx(math.log(0.5), abs=0.05)
 
 
 class Stop(Exception):
