@@ -7,7 +7,8 @@ which is the expected Kullback–Leibler divergence from the exact conditionals,
 
 from __future__ import annotations
 
-import itertools
+import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,29 +17,41 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from bayesnn.configured import Configured
-from bayesnn.inference.mcmc.learned.models import Grid
+from bayesnn.configured import Configured, describe
+from bayesnn.files import fingerprint
+from bayesnn.inference.mcmc.learned.examples import Examples
 from bayesnn.inference.mcmc.learned.proposal import BlockProposal
 from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, warmup_cosine
-
-
-class Examples(NamedTuple):
-    """Blocks of random models: values (n, b), values around (n, c), which exist (n, c), local parameters (n, k)."""
-
-    values: Tensor
-    condition: Tensor
-    present: Tensor
-    parameters: Tensor
-
 
 ExampleSource = Callable[[int, torch.Generator], Examples]
 
 
 class ProposalTarget:
-    """A proposal to train, and where its examples come from: (count, generator) to :class:`Examples`."""
+    """A proposal to train, and where its examples come from.
+
+    Args:
+        proposal: where training starts; it isn't changed.
+        examples: (count, generator) to :class:`Examples`, such as :class:`GridBlocks`. What another function computes can't be
+            told from outside: a checkpoint is tied to its name alone.
+
+    Raises:
+        ValueError: if the examples are of another motif than the proposal's.
+    """
 
     def __init__(self, proposal: BlockProposal, examples: ExampleSource) -> None:
-        self.proposal, self.examples, self.fingerprint = proposal, examples, ""
+        example = examples(1, torch.Generator().manual_seed(0))
+        proposal.check(example.values.shape[-1], example.conditional.features.shape[-1], proposal.cardinality)
+        if example.values.is_floating_point() != (proposal.cardinality is None):
+            raise ValueError(f"a proposal of cardinality {proposal.cardinality} has examples of {example.values.dtype}")
+        if proposal.cardinality is not None:
+            many = examples(256, torch.Generator().manual_seed(0)).values
+            if int(many.max()) >= proposal.cardinality:
+                raise ValueError(
+                    f"a proposal of cardinality {proposal.cardinality} has examples of value {int(many.max())}"
+                )
+        self.proposal, self.examples = proposal, examples
+        source = json.dumps(describe(examples)) if isinstance(examples, Configured) else repr(type(examples))
+        self.fingerprint = fingerprint(proposal.fingerprint, source)
 
 
 class TrainingState(NamedTuple):
@@ -85,13 +98,9 @@ class ProposalTraining(Configured):
         self, target: ProposalTarget, state: TrainingState, generator: torch.Generator
     ) -> tuple[TrainingState, TrainingInfo]:
         """One step."""
-        examples, proposal = target.examples(self.batch_size, generator), target.proposal
-        features = proposal.features(examples.condition, examples.present, examples.parameters)
+        examples = target.examples(self.batch_size, generator)
         leaves = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
-        loss = -functional_call(
-            _LogProb(proposal), {f"proposal.{n}": v for n, v in leaves.items()}, (examples.values, features)
-        )
-        loss = loss.mean()
+        loss = -functional_call(target.proposal, leaves, (examples.conditional,)).log_prob(examples.values).mean()
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         rate = self.learning_rate * warmup_cosine(int(state.adam.step), self.num_steps, min(50, self.num_steps // 10))
         return TrainingState(*adam_step(state.parameters, gradients, state.adam, rate)), TrainingInfo(loss.detach())
@@ -102,85 +111,7 @@ class ProposalTraining(Configured):
     def result(
         self, target: ProposalTarget, state: TrainingState, draws: dict[str, Tensor], infos: dict[str, Tensor]
     ) -> BlockProposal:
-        """The proposal with the trained parameters."""
-        target.proposal.load_state_dict(state.parameters)
-        return target.proposal
-
-
-class _LogProb(torch.nn.Module):
-    def __init__(self, proposal: BlockProposal) -> None:
-        super().__init__()
-        self.proposal = proposal
-
-    def forward(self, values: Tensor, features: Tensor) -> Tensor:
-        return self.proposal.log_prob(values, features)
-
-
-def grid_blocks(height: int, width: int, cardinality: int, coupling: float, field: float = 0.5) -> ExampleSource:
-    """Blocks of random grids: normal potentials, some neighbours missing as at an edge, exact draws of the block.
-
-    The values around are uniform, and couplings are of a random scale up to twice ``coupling``, so that the proposal is of
-    use in grids unlike those it was trained on. Draws are by enumeration: height x width is at most about 12 for two values.
-    """
-    size = height * width
-    outcomes = torch.tensor(list(itertools.product(range(cardinality), repeat=size)))
-
-    def source(count: int, generator: torch.Generator) -> Examples:
-        # One row of one-block grids: the block sits in the middle of a grid with a margin on each side.
-        reference = Grid.random(height + 2, width + 2, cardinality, 1.0, generator)
-        block = reference._block(1, 1, height, width)
-        num_pairs = (len(block.parameters) - size * cardinality) // cardinality**2
-        unary = field * torch.randn(count, size, cardinality, generator=generator, dtype=torch.float64)
-        scale = 2 * coupling * torch.rand(count, 1, 1, 1, generator=generator, dtype=torch.float64)
-        pairs = scale * torch.randn(
-            count, num_pairs, cardinality, cardinality, generator=generator, dtype=torch.float64
-        )
-        around = torch.randint(cardinality, (count, len(block.condition)), generator=generator)
-        sides = torch.rand(count, 4, generator=generator) < 0.85  # above, below, left, right
-        present = torch.cat([sides[:, :1].expand(-1, width), sides[:, 1:2].expand(-1, width)], 1)
-        present = torch.cat([present, sides[:, 2:3].expand(-1, height), sides[:, 3:].expand(-1, height)], 1)
-        log_p = _conditional(unary, pairs, around, present, outcomes, height, width)
-        chosen = torch.multinomial(log_p.softmax(-1), 1, generator=generator).squeeze(-1)
-        pairs = _without_missing(pairs, present, height, width)
-        return Examples(outcomes[chosen], around, present, torch.cat([unary.flatten(1), pairs.flatten(1)], 1))
-
-    return source
-
-
-def _edges(height: int, width: int) -> list[tuple[int, int]]:
-    """The pairs of a block in the order of its parameters: places inside are 0 …, those around follow as -1, -2 …"""
-    inside = {(i, j): i * width + j for i in range(height) for j in range(width)}
-    around = [(-1, j) for j in range(width)] + [(height, j) for j in range(width)]
-    around += [(i, -1) for i in range(height)] + [(i, width) for i in range(height)]
-    number = inside | {place: -1 - index for index, place in enumerate(around)}
-    across = [(number[i, j], number[i, j + 1]) for i in range(height) for j in range(-1, width)]
-    return across + [(number[i, j], number[i + 1, j]) for i in range(-1, height) for j in range(width)]
-
-
-def _conditional(
-    unary: Tensor, pairs: Tensor, around: Tensor, present: Tensor, outcomes: Tensor, height: int, width: int
-) -> Tensor:
-    """log p of every outcome of the block up to a constant, (n, K^b)."""
-    places = torch.arange(outcomes.shape[1])
-    total = unary[:, places, outcomes].sum(-1)
-    rows = torch.arange(len(around))
-    for index, (first, second) in enumerate(_edges(height, width)):
-        potential = pairs[:, index]
-        if first >= 0 and second >= 0:
-            total = total + potential[:, outcomes[:, first], outcomes[:, second]]
-        elif first < 0:
-            known = potential[rows, around[:, -1 - first]] * present[:, -1 - first, None]
-            total = total + known[:, outcomes[:, second]]
-        else:
-            known = potential[rows, :, around[:, -1 - second]] * present[:, -1 - second, None]
-            total = total + known[:, outcomes[:, first]]
-    return total
-
-
-def _without_missing(pairs: Tensor, present: Tensor, height: int, width: int) -> Tensor:
-    """Potentials to neighbours that don't exist are zero, as in a grid's blocks."""
-    keep = [
-        torch.ones(len(pairs), dtype=torch.bool) if min(edge) >= 0 else present[:, -1 - min(edge)]
-        for edge in _edges(height, width)
-    ]
-    return pairs * torch.stack(keep, 1)[..., None, None]
+        """A copy of the proposal with the trained parameters."""
+        trained = copy.deepcopy(target.proposal)
+        trained.load_state_dict(state.parameters)
+        return trained

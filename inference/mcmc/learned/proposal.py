@@ -1,7 +1,8 @@
 r"""Neural block proposals (Wang, Wu, Moore and Russell, Meta-Learning MCMC Proposals, 2018).
 
-A mixture density network: from the values around a block and the model's local parameters, the weights :math:`\pi_m` of M
-components in which the block's variables are independent,
+A mixture density network: from what a block's conditional depends on (the values around it and the model's local
+parameters, put together by the model as ``features``), the weights :math:`\pi_m` of M components in which the block's
+variables are independent,
 
 .. math:: q(x_B \mid x_C, \phi) = \sum_m \pi_m \prod_{i \in B} q_{m,i}(x_i),
 
@@ -10,98 +11,143 @@ categorical for discrete variables, Gaussian for real ones. Used within Metropol
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesnn.configured import Configured, build, describe
-from bayesnn.files import read_tensors, write_tensors
-from bayesnn.inference.mcmc.learned.models import Block
+from bayesnn.files import fingerprint, read_tensors, write_tensors
+from bayesnn.inference.mcmc.learned.models import Block, BlockDistribution, Conditional, Model, draw_index
 
 FLOOR = 1e-3  # of the probability spread evenly over a variable's values: no value is ever out of reach
+LOG_SCALE_BOUND = math.log(1e3)  # standard deviations stay within 1e-3 … 1e3, whatever the network says
+
+
+class CategoricalMixture:
+    """Discrete variables, independent within a component: log weights (*n, M), probabilities (*n, M, b, K)."""
+
+    def __init__(self, log_weights: Tensor, probabilities: Tensor) -> None:
+        self.log_weights, self.probabilities = log_weights, probabilities
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Values, (*n, b)."""
+        return draw_index(_component(self.log_weights, self.probabilities, generator), generator)
+
+    def log_prob(self, values: Tensor) -> Tensor:
+        """(*n, b) -> (*n)."""
+        index = values[..., None, :, None].expand(*self.probabilities.shape[:-1], 1)
+        each = self.probabilities.gather(-1, index).squeeze(-1).log().sum(-1)
+        return torch.logsumexp(self.log_weights + each, -1)
+
+
+class GaussianMixture:
+    """Real variables, independent within a component: log weights (*n, M), means and log scales (*n, M, b, 2)."""
+
+    def __init__(self, log_weights: Tensor, moments: Tensor) -> None:
+        self.log_weights, self.moments = log_weights, moments
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Values, (*n, b)."""
+        loc, log_scale = _component(self.log_weights, self.moments, generator).unbind(-1)
+        return loc + log_scale.exp() * torch.randn(loc.shape, generator=generator, dtype=loc.dtype)
+
+    def log_prob(self, values: Tensor) -> Tensor:
+        """(*n, b) -> (*n)."""
+        loc, log_scale = self.moments.unbind(-1)
+        z = (values.unsqueeze(-2) - loc) * (-log_scale).exp()
+        each = -0.5 * z.square() - log_scale - 0.5 * math.log(2 * math.pi)
+        return torch.logsumexp(self.log_weights + each.sum(-1), -1)
+
+
+def _component(log_weights: Tensor, parameters: Tensor, generator: torch.Generator) -> Tensor:
+    """The parameters (*n, b, ·) of one component, drawn."""
+    component = draw_index(log_weights.exp(), generator)[..., None, None, None]
+    return parameters.gather(-3, component.expand(*component.shape[:-3], 1, *parameters.shape[-2:])).squeeze(-3)
 
 
 class BlockProposal(Configured, nn.Module):
     """A proposal for one motif.
 
+    Two hidden layers, and a linear map beside them from the features to the output.
+
     Args:
         block_size: b, variables in the block.
-        condition_size: c, variables it depends on.
-        num_parameters: k, the model's local parameters.
-        cardinality: K of discrete variables; None: real variables.
+        num_features: k, numbers that a conditional of this motif depends on.
+        cardinality: K of discrete variables; None: real variables, in units in which standard deviations are 1e-3 … 1e3.
         num_components: M; 8.
-        hidden: width of the two hidden layers; 128.
+        hidden: width of the hidden layers; 128.
+        seed: of the first weights.
+
+    Raises:
+        ValueError: if a size isn't positive.
     """
 
     def __init__(
         self,
         block_size: int,
-        condition_size: int,
-        num_parameters: int,
+        num_features: int,
         cardinality: int | None,
         num_components: int = 8,
         hidden: int = 128,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        self.block_size, self.condition_size, self.num_parameters = block_size, condition_size, num_parameters
-        self.cardinality, self.num_components = cardinality, num_components
-        # Each neighbour is one-hot, or its value and whether there is one.
-        inputs = condition_size * (cardinality or 2) + num_parameters
+        if min(block_size, num_features, num_components, hidden, cardinality or 1) < 1:
+            raise ValueError(
+                "block_size, num_features, cardinality, num_components and hidden must be at least 1, found "
+                f"{(block_size, num_features, cardinality, num_components, hidden)}"
+            )
+        self.block_size, self.num_features, self.cardinality = block_size, num_features, cardinality
+        self.num_components = num_components
         outputs = num_components * (1 + block_size * (cardinality or 2))
         self.layers = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-        ).double()
+            *(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()),
+            nn.Linear(hidden, outputs),
+        )
+        self.direct = nn.Linear(num_features, outputs, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in (module for module in self.modules() if isinstance(module, nn.Linear)):
+                bound = 1 / math.sqrt(layer.in_features)  # PyTorch's own law, from a generator of our own
+                for parameter in layer.parameters():
+                    parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
 
-    def check(self, block: Block) -> None:
-        """Raise ValueError if this proposal is of another motif than the block."""
-        found = (len(block.variables), len(block.condition), len(block.parameters))
-        wanted = (self.block_size, self.condition_size, self.num_parameters)
+    @classmethod
+    def for_blocks(cls, model: Model, blocks: Sequence[Block], **settings: Any) -> BlockProposal:
+        """A proposal of the motif of these blocks; ``settings`` are the further arguments."""
+        conditional = model.conditionals(blocks[:1])(model.initial(1, torch.Generator().manual_seed(0)))
+        return cls(len(blocks[0].variables), conditional.features.shape[-1], model.cardinality, **settings)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of settings and weights."""
+        return fingerprint(json.dumps(describe(self)), *self.state_dict().values())
+
+    def check(self, block_size: int, num_features: int, cardinality: int | None) -> None:
+        """Raise ValueError if a motif is another than this proposal's."""
+        found, wanted = (
+            (block_size, num_features, cardinality),
+            (self.block_size, self.num_features, self.cardinality),
+        )
         if found != wanted:
             raise ValueError(
-                f"this proposal is for blocks with (variables, condition, parameters) {wanted}, found {found}"
+                f"this proposal is for blocks with (variables, features, cardinality) {wanted}, found {found}"
             )
 
-    def features(self, condition: Tensor, present: Tensor, parameters: Tensor) -> Tensor:
-        """The network's inputs: values around (C, c), which of them exist (c,) or (C, c), parameters (k,) or (C, k)."""
-        present = present.expand(condition.shape)
-        if self.cardinality is None:
-            around = torch.stack([condition * present, present.double()], -1)
-        else:
-            around = nn.functional.one_hot(condition.clamp_min(0), self.cardinality).double() * present.unsqueeze(-1)
-        return torch.cat([around.flatten(1), parameters.expand(len(condition), -1)], 1)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Log mixture weights (C, M), and the variables' raw parameters (C, M, b, K or 2)."""
-        out = self.layers(features).unflatten(1, (self.num_components, -1))
-        return out[..., 0].log_softmax(-1), out[..., 1:].unflatten(-1, (self.block_size, -1))
-
-    def log_prob(self, values: Tensor, features: Tensor) -> Tensor:
-        """log q of a block's values: (C, b) -> (C,)."""
-        log_weights, raw = self(features)
-        if self.cardinality is None:
-            loc, log_scale = raw.unbind(-1)
-            z = (values.unsqueeze(1) - loc) * (-log_scale).exp()
-            each = -0.5 * z.square() - log_scale - 0.5 * torch.log(torch.tensor(2 * torch.pi))
-        else:
-            index = values.unsqueeze(1).unsqueeze(-1).expand(*raw.shape[:-1], 1)
-            each = self._probabilities(raw).gather(-1, index).squeeze(-1).log()
-        return torch.logsumexp(log_weights + each.sum(-1), -1)
-
-    def sample(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        """A block's values for every chain, (C, b)."""
-        log_weights, raw = self(features)
-        component = torch.multinomial(log_weights.exp(), 1, generator=generator)
-        own = raw.gather(1, component[..., None, None].expand(-1, 1, *raw.shape[2:])).squeeze(1)  # (C, b, ·)
-        if self.cardinality is None:
-            loc, log_scale = own.unbind(-1)
-            return loc + log_scale.exp() * torch.randn(loc.shape, generator=generator, dtype=loc.dtype)
-        flat = self._probabilities(own).flatten(0, 1)
-        return torch.multinomial(flat, 1, generator=generator).view(own.shape[:-1])
-
-    def _probabilities(self, raw: Tensor) -> Tensor:
-        assert self.cardinality is not None
-        return (1 - FLOOR) * raw.softmax(-1) + FLOOR / self.cardinality
+    def forward(self, conditional: Conditional) -> BlockDistribution:
+        """The law that is proposed from, of the conditional's batch shape (*n); in float64 from the network's output on."""
+        features = conditional.features.to(self.direct.weight.dtype)
+        out = (self.layers(features) + self.direct(features)).double().unflatten(-1, (self.num_components, -1))
+        log_weights, raw = out[..., 0].log_softmax(-1), out[..., 1:].unflatten(-1, (self.block_size, -1))
+        if self.cardinality is not None:
+            return CategoricalMixture(log_weights, (1 - FLOOR) * raw.softmax(-1) + FLOOR / self.cardinality)
+        log_scale = LOG_SCALE_BOUND * torch.tanh(raw[..., 1:] / LOG_SCALE_BOUND)
+        return GaussianMixture(log_weights, torch.cat([raw[..., :1], log_scale], -1))
 
     def save(self, path: str | Path) -> None:
         """Write weights and settings to one file."""
@@ -118,5 +164,5 @@ class BlockProposal(Configured, nn.Module):
         proposal = build(description.get("proposal"))
         if not isinstance(proposal, BlockProposal):
             raise ValueError(f"{str(path)!r} holds no block proposal")
-        proposal.load_state_dict(tensors)
+        proposal.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
         return proposal
