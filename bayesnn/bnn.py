@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from bayesnn.data import BayesnnWarning, Data
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles.deep import DeepEnsemble
+from bayesnn.inference.flat import unravel
 from bayesnn.inference.mcmc.hmc import HMC
 from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.partial import Stochastic, partial_target, stochastic_names
 from bayesnn.inference.run import Method, run
+from bayesnn.inference.target import Parameters
 from bayesnn.inference.vi.mean_field import MeanField
 from bayesnn.likelihoods import Likelihood
 from bayesnn.model import Model
@@ -82,7 +84,7 @@ class BNN(Model):
             learning, options = _two_runs(options)
             learned = run(DeepEnsemble(num_members=1, held_out=0.0), target, **learning).parameters
             target = partial_target(target, names, {name: value[0] for name, value in learned.items()})
-        self._take(target, run(self.method, target, **options).completed(target.frozen))
+        self._take(target, run(self.method, target, watch=_some_functions(target), **options).completed(target.frozen))
 
     def _target(self, data: Data, outcome_scale: Tensor) -> NetworkTarget:
         network = self.network
@@ -189,11 +191,26 @@ class BNN(Model):
         )
 
 
+def _some_functions(target: NetworkTarget) -> Callable[[Parameters], Tensor]:
+    """Of a sampler's draw, each chain's function values at eight of the inputs, (C, 8 p)."""
+    places = torch.linspace(0, len(target.data) - 1, min(8, len(target.data))).long()
+
+    def values(draw: Parameters) -> Tensor:
+        with torch.no_grad():
+            return target.functions(unravel(draw["position"], target.shapes()), target.data.X[places]).flatten(1)
+
+    return values
+
+
 def _two_runs(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the run that learns and of the one that samples; the user's callbacks are for the second."""
-    folder = options.get("checkpoint")
+    """The options of the run that learns and of the one that samples, half of the time each.
+
+    The user's callbacks are for the second.
+    """
+    folder, seconds = options.get("checkpoint"), options.get("time_budget")
+    options = options | {"time_budget": seconds and seconds / 2}
     learning, sampling = ({"checkpoint": folder and Path(folder) / part} for part in ("learned", "sampled"))
-    return options | learning | {"callbacks": ()}, options | sampling
+    return options | learning | {"callbacks": (), "target_ess": None}, options | sampling
 
 
 def _surrogate(method: Method) -> Callable[..., BNN]:

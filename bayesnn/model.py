@@ -85,6 +85,8 @@ class Model(Configured, BotorchModel):
         progress: bool = False,
         callbacks: Sequence[Any] = (),
         checkpoint: str | Path | None = None,
+        time_budget: float | None = None,
+        target_ess: float | None = None,
     ) -> Self:
         """Fit the model to data.
 
@@ -95,12 +97,16 @@ class Model(Configured, BotorchModel):
             progress: show a progress bar where fitting takes steps.
             callbacks: called as ``callback(index, state, info)`` after every step.
             checkpoint: a folder from which an interrupted fit goes on with the same result.
+            time_budget: seconds after which a fit that takes steps ends with what it has.
+            target_ess: a fit that samples ends as soon as the smallest effective sample size of the function values at eight
+                of the inputs reaches this.
 
         Returns:
             The model itself.
 
         Raises:
             TypeError, ValueError: for data that can't be used, before any work starts.
+            TimeoutError: if the time is up before the first draw.
         """
         X = check_inputs(X).detach()
         Y = self.likelihood.check(Y, X.shape[0], X).detach()
@@ -108,7 +114,16 @@ class Model(Configured, BotorchModel):
         standardised = self.likelihood.standardises
         outcomes = standardisation(Y, "Y") if standardised else identity(Y.shape[-1], X)
         data = Data(inputs.standardise(X), outcomes.standardise(Y) if standardised else Y)
-        self._fit(data, outcomes.scale, seed=seed, progress=progress, callbacks=callbacks, checkpoint=checkpoint)
+        self._fit(
+            data,
+            outcomes.scale,
+            seed=seed,
+            progress=progress,
+            callbacks=callbacks,
+            checkpoint=checkpoint,
+            time_budget=time_budget,
+            target_ess=target_ess,
+        )
         self._data, self._inputs, self._outcomes = data, inputs, outcomes
         self._outputs, self._conditioned = None, False
         return self.eval()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bayesnn.data import Data
 from bayesnn.inference.flat import unravel, with_gaussian_prior, without_gaussian_prior
+from bayesnn.inference.members import backends
 from bayesnn.inference.target import Target
 
 
@@ -53,7 +54,8 @@ class Compiled:
         """The function with its first arguments given, compiled once."""
         key = (function, *first)
         if key not in self._programs:
-            self._programs[key] = torch.compile(_own_program(function, *first))
+            program = torch.compile(_own_program(function, *first))
+            self._programs[key] = backends(getattr(self.target, "network", None))(program)
         return self._programs[key]
 
     def log_density_and_gradient(self, position: Tensor, batch: Data | None = None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from bayesnn.data import BayesnnWarning
 from bayesnn.inference.target import Parameters
 
 NETWORK = "network."
-ONE_BY_ONE = "members_one_by_one"
+EVALUATION = "members_are_evaluated"
+ONE_BY_ONE, PLAIN_ATTENTION = "one by one", "with plain attention"
 
 
 def network_parameters(parameters: Parameters) -> Parameters:
@@ -27,7 +28,7 @@ def apply_network(network: nn.Module, parameters: Parameters, X: Tensor, shared:
     """Every member's function values at the same points, (S, q, p).
 
     By vmap for any module; a module that has ``forward_members`` does it itself. One that :func:`check_members` has found
-    to be beyond vmap is called for one member after another.
+    to be beyond vmap is called for one member after another, one with fused attention does without that.
 
     Args:
         network: from (q, d) to (q, p).
@@ -44,16 +45,20 @@ def apply_network(network: nn.Module, parameters: Parameters, X: Tensor, shared:
     def member(own: Parameters) -> Tensor:
         return functional_call(network, own | common, (X,))
 
-    if getattr(network, ONE_BY_ONE, False):
+    if getattr(network, EVALUATION, None) == ONE_BY_ONE:
         count = next(iter(parameters.values())).shape[0]
         return torch.stack([member({name: values[s] for name, values in parameters.items()}) for s in range(count)])
-    with _plain_attention():
+    with nullcontext() if torch.compiler.is_compiling() else backends(network):
         return vmap(member)(parameters)
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def backends(network: nn.Module | None) -> Iterator[None]:
+    """Within it, PyTorch takes kernels that can evaluate the network's members; a compiled program is called within it too."""
     # The fused kernels of attention and of whole encoder layers have no rule for many weights, or no derivative there.
+    if getattr(network, EVALUATION, None) != PLAIN_ATTENTION:
+        yield
+        return
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -133,23 +138,35 @@ def check_members(network: nn.Module, parameters: Parameters, X: Tensor, shared:
     # One by one is what all must agree with.
     own_way = getattr(network, "forward_members", None) is not None and not shared
     reference = _values_and_gradients(_one_by_one(network, shared), parameters, X)
-    try:
-        found = _values_and_gradients(lambda p, rows: apply_network(network, p, rows, shared), parameters, X)
-        reason = (
-            "" if _close(found, reference) else "its values or gradients aren't those of one member after the other"
-        )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-    if reason and own_way:
+    with warnings.catch_warnings():
+        if not own_way:  # vmap warns when it falls back to a loop inside
+            warnings.filterwarnings("error", message="There is a performance drop", category=UserWarning)
+        reason = _mismatch(network, parameters, X, shared, reference)
+    if not reason:
+        return
+    if own_way:
         raise ValueError(f"network.forward_members must give what forward gives for each member: {reason}")
-    if reason:
-        setattr(network, ONE_BY_ONE, True)
+    setattr(network, EVALUATION, PLAIN_ATTENTION)
+    if reason := _mismatch(network, parameters, X, shared, reference):
+        setattr(network, EVALUATION, ONE_BY_ONE)
         warnings.warn(
             "network is evaluated for one set of weights after another, which takes longer with many chains: vmap can't do it "
             f"({reason})",
             BayesnnWarning,
             stacklevel=4,
         )
+
+
+def _mismatch(network: nn.Module, parameters: Parameters, X: Tensor, shared: Parameters, wanted: list[Tensor]) -> str:
+    """Why the members aren't evaluated rightly; empty if they are."""
+    try:
+        with torch.no_grad():
+            values = apply_network(network, parameters, X, shared)
+        found = _values_and_gradients(lambda p, rows: apply_network(network, p, rows, shared), parameters, X)
+    except (RuntimeError, UserWarning) as error:
+        return str(error).splitlines()[0]
+    same = _close([values, *found], [wanted[0], *wanted])
+    return "" if same else "its values or gradients aren't those of one member after the other"
 
 
 def _one_by_one(network: nn.Module, shared: Parameters) -> Callable[[Parameters, Tensor], Tensor]:

@@ -80,7 +80,8 @@ class NNGP(Model):
             # BoTorch's retries draw from the global generator; the context puts its state back.
             with manual_seed(options["seed"]), _exact():
                 try:
-                    fit_gpytorch_mll(ExactMarginalLogLikelihood(gp.likelihood, gp))
+                    limit = {"timeout_sec": options["time_budget"]}
+                    fit_gpytorch_mll(ExactMarginalLogLikelihood(gp.likelihood, gp), optimizer_kwargs=limit)
                 except ModelFittingError as error:
                     gp = self._build(data, self._fixed)
                     message = f"NNGP: the marginal likelihood couldn't be maximised, defaults are used: {error}"

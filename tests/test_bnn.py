@@ -13,6 +13,7 @@ from torch import nn
 
 from bayesnn import BNN, BayesnnWarning, NotFittedError, likelihoods, networks, priors
 from bayesnn.inference import HMC, DeepEnsemble, MeanField
+from bayesnn.inference.ess import effective_sample_size
 
 METHODS = {
     "hmc": HMC(num_chains=2, num_warmup=20, num_draws=10, num_leapfrog=4),
@@ -375,3 +376,17 @@ def test_data_frames():
     assert torch.equal(model.predict(frame).mean, BNN(small, method=quick).fit(X, Y).predict(X).mean)
     with pytest.raises(TypeError, match="X must hold numbers"):
         model.fit(frame.assign(a="text"), Y)
+
+
+def test_stopping_rules():
+    X = torch.linspace(-1, 1, 30)[:, None].double()
+    y = torch.sin(3 * X) + 0.2 * torch.randn(30, 1, generator=torch.Generator().manual_seed(0)).double()
+    method = HMC(num_chains=4, num_warmup=100, num_draws=100_000, num_leapfrog=8)
+    model = BNN(networks.mlp(1, 1, hidden=(8,)), method=method, max_draws=100_000).fit(X, y, target_ess=60)
+    num_draws = len(model.weights) // 4
+    assert 20 <= num_draws < 5000
+    places = model.posterior(X[torch.linspace(0, 29, 8).long()]).values.squeeze(-1)  # (S, 8)
+    assert float(effective_sample_size(model.weights.by_chain(places)).min()) >= 60
+    for stochastic in ("all", "last"):
+        short = BNN(networks.mlp(1, 1, hidden=(8,)), method=method, stochastic=stochastic).fit(X, y, time_budget=2.0)
+        assert 0 < len(short.weights) < 4 * 100_000

@@ -32,8 +32,16 @@ def convolutional():
     return NetworkTarget(network, likelihoods.Categorical(3), priors.Laplace(), Data(X, labels), torch.ones(1, 1))
 
 
+def attention():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(12, 16, generator=generator, dtype=torch.float64)
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    network = nn.Sequential(nn.Unflatten(1, (4, 4)), encoder, nn.Flatten(), nn.Linear(16, 1)).eval()
+    return NetworkTarget(network, likelihoods.Gaussian(), priors.Normal(), Data(X, X[:, :1]), torch.ones(1, 1))
+
+
 @needs_compiler
-@pytest.mark.parametrize("make", [perceptron, convolutional])
+@pytest.mark.parametrize("make", [perceptron, convolutional, attention])
 def test_the_same_density_and_gradient_to_rounding(make):
     target = make()
     compiled = Compiled(target)

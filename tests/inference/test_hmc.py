@@ -206,7 +206,7 @@ def test_well_behaved_targets_are_not_reported():
 
 
 def test_starting_points_must_be_finite():
-    target = FunctionTarget(lambda p: p["x"].log().sum(-1), lambda count, generator: {"x": -torch.ones(count, 1)})
+    target = FunctionTarget(lambda p: p["x"].log().sum(-1), lambda count, generator: {"x": torch.zeros(count, 1)})
     with pytest.raises(ValueError, match="isn't finite at the initial points"):
         run(HMC(), target)
 

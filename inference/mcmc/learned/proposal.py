@@ -29,19 +29,22 @@ LOG_SCALE_BOUND = math.log(1e3)  # standard deviations stay within 1e-3 … 1e3,
 
 
 class CategoricalMixture:
-    """Discrete variables, independent within a component: log weights (*n, M), probabilities (*n, M, b, K)."""
+    """Discrete variables, independent within a component: log weights (*n, M), probabilities (*n, K, M, b)."""
 
     def __init__(self, log_weights: Tensor, probabilities: Tensor) -> None:
         self.log_weights, self.probabilities = log_weights, probabilities
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Values, (*n, b)."""
-        return draw_index(_component(self.log_weights, self.probabilities, generator), generator)
+        component = draw_index(self.log_weights.exp(), generator)[..., None, None, None]
+        shape = (*self.probabilities.shape[:-2], 1, self.probabilities.shape[-1])
+        chosen = self.probabilities.gather(-2, component.expand(shape)).squeeze(-2)
+        return draw_index(chosen.transpose(-2, -1), generator)
 
     def log_prob(self, values: Tensor) -> Tensor:
         """(*n, b) -> (*n)."""
-        index = values[..., None, :, None].expand(*self.probabilities.shape[:-1], 1)
-        each = self.probabilities.gather(-1, index).squeeze(-1).log().sum(-1)
+        shape = (*self.probabilities.shape[:-3], 1, *self.probabilities.shape[-2:])
+        each = self.probabilities.gather(-3, values[..., None, None, :].expand(shape)).squeeze(-3).log().sum(-1)
         return torch.logsumexp(self.log_weights + each, -1)
 
 
@@ -53,7 +56,9 @@ class GaussianMixture:
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Values, (*n, b)."""
-        loc, log_scale = _component(self.log_weights, self.moments, generator).unbind(-1)
+        component = draw_index(self.log_weights.exp(), generator)[..., None, None, None]
+        shape = (*self.moments.shape[:-3], 1, *self.moments.shape[-2:])
+        loc, log_scale = self.moments.gather(-3, component.expand(shape)).squeeze(-3).unbind(-1)
         return loc + log_scale.exp() * torch.randn(loc.shape, generator=generator, dtype=loc.dtype)
 
     def log_prob(self, values: Tensor) -> Tensor:
@@ -62,12 +67,6 @@ class GaussianMixture:
         z = (values.unsqueeze(-2) - loc) * (-log_scale).exp()
         each = -0.5 * z.square() - log_scale - 0.5 * math.log(2 * math.pi)
         return torch.logsumexp(self.log_weights + each.sum(-1), -1)
-
-
-def _component(log_weights: Tensor, parameters: Tensor, generator: torch.Generator) -> Tensor:
-    """The parameters (*n, b, ·) of one component, drawn."""
-    component = draw_index(log_weights.exp(), generator)[..., None, None, None]
-    return parameters.gather(-3, component.expand(*component.shape[:-3], 1, *parameters.shape[-2:])).squeeze(-3)
 
 
 class BlockProposal(Configured, nn.Module):
@@ -142,12 +141,15 @@ class BlockProposal(Configured, nn.Module):
     def forward(self, conditional: Conditional) -> BlockDistribution:
         """The law that is proposed from, of the conditional's batch shape (*n); in float64 from the network's output on."""
         features = conditional.features.to(self.direct.weight.dtype)
-        out = (self.layers(features) + self.direct(features)).double().unflatten(-1, (self.num_components, -1))
-        log_weights, raw = out[..., 0].log_softmax(-1), out[..., 1:].unflatten(-1, (self.block_size, -1))
-        if self.cardinality is not None:
-            return CategoricalMixture(log_weights, (1 - FLOOR) * raw.softmax(-1) + FLOOR / self.cardinality)
-        log_scale = LOG_SCALE_BOUND * torch.tanh(raw[..., 1:] / LOG_SCALE_BOUND)
-        return GaussianMixture(log_weights, torch.cat([raw[..., :1], log_scale], -1))
+        out = (self.layers(features) + self.direct(features)).double()
+        log_weights, raw = out[..., : self.num_components].log_softmax(-1), out[..., self.num_components :]
+        if self.cardinality is None:
+            loc, log_scale = raw.unflatten(-1, (2, self.num_components, self.block_size)).unbind(-3)
+            log_scale = LOG_SCALE_BOUND * torch.tanh(log_scale / LOG_SCALE_BOUND)
+            return GaussianMixture(log_weights, torch.stack([loc, log_scale], -1))
+        # Values come before components and variables: a softmax over few entries is fast only along an outer dimension.
+        probabilities = raw.unflatten(-1, (self.cardinality, self.num_components, self.block_size)).softmax(-3)
+        return CategoricalMixture(log_weights, (1 - FLOOR) * probabilities + FLOOR / self.cardinality)
 
     def save(self, path: str | Path) -> None:
         """Write weights and settings to one file."""
