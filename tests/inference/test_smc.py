@@ -103,9 +103,7 @@ def test_the_evidence_is_unbiased(waste_free, resampling):
         inverse_temperatures=(0.1, 0.3, 0.6, 1.0),
         adapt=False,
     )
-    estimates = torch.stack(
-        [run(method, target, seed=seed).statistics["log_evidence"] for seed in range(200)]
-    ).exp()
+    estimates = torch.stack([run(method, target, seed=seed).statistics["log_evidence"] for seed in range(200)]).exp()
     assert estimates.std() / evidence > 0.05
     assert abs(float(z_score(estimates.unsqueeze(-1), evidence))) < 4
 
