@@ -11,6 +11,7 @@ import torch
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions import constraints
+from torch.func import vmap
 
 from bayesnn.data import Data
 from bayesnn.inference.members import NETWORK
@@ -22,8 +23,8 @@ class PyroTarget:
     """A Pyro model with real latent variables as a target.
 
     Parameters are the latent sites by name, in the unconstrained space of Pyro's own transforms, whose log Jacobians are part
-    of the density; :meth:`constrain` takes draws back to the sites' own values. Pyro evaluates one chain at a time, so that
-    chains cost as much as runs of their own.
+    of the density; :meth:`constrain` takes draws back to the sites' own values. Chains are evaluated by vmap where that gives
+    what Pyro gives; else (a model that branches on values, say) one after the other, as Pyro does it.
 
     Args:
         model: a Pyro model; data are its arguments.
@@ -54,9 +55,19 @@ class PyroTarget:
                 raise ValueError("the model has no latent variables: there is nothing to sample")
             prototype, potential, transforms, _ = initialize_model(model, model_args=arguments, model_kwargs=keywords)
         self._potential, self._transforms = potential, transforms
+        self._model = lambda: model(*arguments, **keywords)
         self._shapes = {name: value.shape for name, value in prototype.items()}
         self._dtype = next(iter(prototype.values())).dtype
         self.data = Data(torch.empty(0, 0), torch.empty(0, 0))
+        self._vmapped = self._can_be_vmapped()
+
+    def _can_be_vmapped(self) -> bool:
+        points = self.initial(2, torch.Generator().manual_seed(0))
+        try:
+            found, wanted = self._all_at_once(points), self._one_by_one(points)
+        except (RuntimeError, ValueError, NotImplementedError):
+            return False
+        return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, equal_nan=True)
 
     def shapes(self) -> dict[str, torch.Size]:
         """The unconstrained shape of every site."""
@@ -71,9 +82,23 @@ class PyroTarget:
 
     def log_prior(self, parameters: Parameters) -> Tensor:
         """The whole log density, (C,): Pyro doesn't tell prior and likelihood apart."""
+        return self._all_at_once(parameters) if self._vmapped else self._one_by_one(parameters)
+
+    def _one_by_one(self, parameters: Parameters) -> Tensor:
         count = next(iter(parameters.values())).shape[0]
         each = ({name: values[index] for name, values in parameters.items()} for index in range(count))
         return torch.stack([-self._potential(one) for one in each])
+
+    def _all_at_once(self, parameters: Parameters) -> Tensor:
+        with pyro.validation_enabled(False):  # it branches on values
+            return vmap(self._log_density)(parameters)
+
+    def _log_density(self, parameters: Parameters) -> Tensor:
+        sites = self.constrain(parameters)
+        total = pyro.poutine.trace(pyro.poutine.condition(self._model, sites)).get_trace().log_prob_sum()
+        for name, transform in self._transforms.items():
+            total = total - transform.log_abs_det_jacobian(sites[name], parameters[name]).sum()
+        return total
 
     def log_likelihood(self, parameters: Parameters, batch: Data | None = None) -> Tensor:
         """Zero: it is in ``log_prior``."""

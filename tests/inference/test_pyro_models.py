@@ -45,6 +45,27 @@ def test_the_density_is_pyro_s():
     assert gradient.shape == (3, 4) and target.constrain(parameters)["scale"].min() > 0
 
 
+def eight_schools(branching=False):
+    mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).double(), 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(torch.tensor(5.0).double()))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3).double()))
+    if branching and tau > 1:
+        mu = mu + weights[0]
+    with pyro.plate("schools", 3), pyro.poutine.scale(scale=2.0):
+        theta = pyro.sample("theta", dist.Normal(mu, tau * weights.sum()))
+        pyro.sample("y", dist.Normal(theta, weights), obs=torch.tensor([28.0, 8.0, -3.0]).double())
+
+
+@pytest.mark.parametrize("branching", [False, True])
+def test_all_chains_at_once_are_pyro_s_one_by_one(branching):
+    target = PyroTarget(eight_schools, branching=branching)
+    assert target._vmapped is not branching
+    parameters = target.initial(5, torch.Generator().manual_seed(2))
+    _, potential, _, _ = initialize_model(eight_schools, model_kwargs={"branching": branching})
+    expected = torch.stack([-potential({name: v[i] for name, v in parameters.items()}) for i in range(5)])
+    torch.testing.assert_close(target.log_prior(parameters), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_what_cannot_be_sampled():
     with pytest.raises(ValueError, match="k are discrete"):
         PyroTarget(lambda: pyro.sample("k", dist.Bernoulli(0.5)))
