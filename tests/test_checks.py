@@ -26,10 +26,10 @@ def test_numbers(kind):
     for check in (number, positive, fraction):
         assert check("x", kind(0.5)) == 0.5 and type(check("x", kind(0.5))) is float
         for value in (kind("nan"), kind("inf")):
-            with pytest.raises(ValueError, match="x must .* found"):
+            with pytest.raises(ValueError, match=r"x must .* found"):
                 check("x", value)
         for value in ("0.5", None, True, 0.5j):
-            with pytest.raises(TypeError, match="x must be a .*number"):
+            with pytest.raises(TypeError, match=r"x must be a .*number"):
                 check("x", value)
     assert number("x", kind(-1)) == -1
     for value in (0, -1):
