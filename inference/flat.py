@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from bayesnn.data import Data
 from bayesnn.inference.target import Parameters, Target, log_density
@@ -49,12 +51,23 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
     if compiled is not None:
         return compiled(position, batch)
     leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
-    with torch.enable_grad():
+    with torch.enable_grad(), _without_validation():
         value = without_gaussian_prior(target, leaves, batch)
         # Zero for a parameter that the network doesn't use.
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
     gradient = torch.cat([piece.reshape(piece.shape[0], -1) for piece in gradients], 1)
     return with_gaussian_prior(target, position, value.detach(), gradient)
+
+
+@contextmanager
+def _without_validation() -> Iterator[None]:
+    # A trajectory that diverges asks for a density at NaN, or with a scale of zero: a move to reject, not an error.
+    previous = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(previous)
 
 
 def without_gaussian_prior(target: Target, parameters: Parameters, batch: Data | None) -> Tensor:
@@ -97,7 +110,7 @@ def log_joint(target: Target, position: Tensor, log_likelihood: Callable[[Parame
     parts = []
     for function in (target.log_prior, log_likelihood):
         leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_validation():
             value = function(leaves)
             if not value.requires_grad:  # a constant
                 parts.append((value, torch.zeros_like(position)))

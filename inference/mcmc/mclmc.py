@@ -13,6 +13,7 @@ energy error is a given one for each parameter. For an exact law use :class:`Adj
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bayesnn.configured import Configured
+from bayesnn.data import BayesnnWarning
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.flat import density_of, fused, ravel, unravel
 from bayesnn.inference.mcmc.adaptation import Welford, window_ends
@@ -28,6 +30,9 @@ from bayesnn.inference.mcmc.chain import MAX_ENERGY_ERROR, Point, start, warn_of
 from bayesnn.inference.mcmc.isokinetic import isokinetic_step, random_direction, refresh
 from bayesnn.inference.mcmc.mass import Diagonal
 from bayesnn.inference.target import Target
+
+
+MAX_CHANGE = 1e10  # of a step size during warm-up, in either direction
 
 
 class EnergyErrors(NamedTuple):
@@ -99,7 +104,8 @@ class MCLMC(Configured):
         initial_step_size: where the tuning begins; with no warm-up, the step size.
 
     Raises:
-        ValueError: if a count or size isn't positive; at the start of a run, if the target has a single parameter.
+        ValueError: if a count or size isn't positive; at the start of a run, if the target has a single parameter; after
+            warm-up, if no step size has the wanted energy error.
     """
 
     num_chains: int = 4
@@ -171,7 +177,24 @@ class MCLMC(Configured):
             torch.full_like(squares, self.thinning),
             tuning.step_size,
         )
+        if index + 1 == self.num_warmup:
+            self._require_adapted(tuning.step_size)
         return (self._adapt_mass(state, index) if adapting else state), info
+
+    def _require_adapted(self, step_size: Tensor) -> None:
+        """Warn of chains whose step sizes went out of all bounds; raise ValueError if it's all of them."""
+        ratio = step_size / self.initial_step_size
+        lost = ~((ratio > 1 / MAX_CHANGE) & (ratio < MAX_CHANGE))
+        if not bool(lost.any()):
+            return
+        message = (
+            f"{type(self).__name__}: no step size has the wanted energy error in {int(lost.sum())} of {self.num_chains} chains "
+            f"(found {float(step_size[lost][0]):.3g} after warm-up). The log density is flat or linear where they are (is it "
+            "proper?), or isn't smooth: change the model, or begin elsewhere"
+        )
+        if bool(lost.all()):
+            raise ValueError(message)
+        warnings.warn(message, BayesnnWarning, stacklevel=3)
 
     def _adapt_mass(self, state: MCLMCState, index: int) -> MCLMCState:
         ends, position = window_ends(self.num_warmup), state.point.position

@@ -159,3 +159,12 @@ def test_a_single_parameter_is_refused(method):
 def test_wrong_settings(name):
     with pytest.raises(ValueError, match=name):
         MCLMC(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    "log_density", [lambda p: 0 * p["x"].sum(-1), lambda p: 1e-3 * p["x"].sum(-1)], ids=["flat", "linear"]
+)
+def test_densities_that_give_no_step_size(log_density):
+    target = FunctionTarget(log_density, lambda count, generator: {"x": torch.randn(count, 3, generator=generator)})
+    with pytest.raises(ValueError, match="no step size has the wanted energy error in 4 of 4 chains"):
+        run(MCLMC(), target)

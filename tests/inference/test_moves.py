@@ -6,7 +6,7 @@ from oracles import effective_sizes, z_score
 
 from bayesnn.inference import FunctionTarget, run
 from bayesnn.inference.flat import density_of
-from bayesnn.inference.mcmc import HMC, MALA, AdjustedMCLMC, RandomWalk
+from bayesnn.inference.mcmc import HMC, MALA, MCLMC, NUTS, AdjustedMCLMC, RandomWalk
 from bayesnn.inference.mcmc.chain import start
 from bayesnn.inference.mcmc.mass import Diagonal
 
@@ -70,3 +70,22 @@ def test_gaussian_posterior(name):
     assert z.abs().max() < 4, z
     goal = sampler(**options).target_acceptance
     assert abs(float(posterior.statistics["acceptance"].mean()) - goal) < 0.17
+
+
+@pytest.mark.parametrize("sampler", [HMC, NUTS, MALA, RandomWalk, AdjustedMCLMC, MCLMC])
+def test_impossible_parameters_on_the_way_are_rejected(sampler):
+    """torch.distributions refuse a scale that has overflown to 0 or NaN: here that's a move to reject."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, generator=generator)
+    y = 2 * x + 0.1 * torch.randn(20, generator=generator)
+
+    def log_density(p):
+        likelihood = torch.distributions.Normal(p[:, :1] * x, p[:, 1:].exp()).log_prob(y).sum(-1)
+        return likelihood - 0.5 * p.square().sum(-1)
+
+    target = FunctionTarget(log_density, lambda count, generator: torch.randn(count, 2, generator=generator))
+    method = sampler(num_chains=2, num_warmup=100, num_draws=50, initial_step_size=1e3)
+    slopes = run(method, target).parameters["position"][:, 0]
+    assert bool(torch.isfinite(slopes).all())
+    with pytest.raises(ValueError, match="scale"):
+        torch.distributions.Normal(0.0, -1.0)  # validation is on again
