@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 
@@ -61,6 +62,8 @@ def describe(value: Any) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, np.generic):
+        return describe(value.item())
     if isinstance(value, Configured):
         arguments = {name: describe(argument) for name, argument in value._arguments.items()}
         return {"class": value._saved_as, "arguments": arguments}

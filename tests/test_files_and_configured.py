@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,11 @@ def test_what_is_described_can_be_built_again(value):
 )
 def test_plain_values_survive(value):
     assert build(json.loads(json.dumps(describe(value)))) == value
+
+
+def test_numpy_s_numbers_become_plain_ones():
+    found = describe([np.int64(3), np.float32(0.5), np.bool_(True)])
+    assert json.dumps(found) == "[3, 0.5, true]"
 
 
 def test_tensors_become_lists():
