@@ -56,7 +56,7 @@ def positive(name: str, value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a positive number, found {value!r}")
-    if not 0 < value < math.inf:
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be positive and finite, found {value}")
     return float(value)
 
@@ -71,7 +71,7 @@ def fraction(name: str, value: Any, interval: str = "(0, 1)") -> float:
     above, below = INTERVALS[interval]
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in {interval}, found {value!r}")
-    if not (above(0, value) and below(value, 1)):
+    if not (above(0, float(value)) and below(float(value), 1)):
         raise ValueError(f"{name} must lie in {interval}, found {value}")
     return float(value)
 
