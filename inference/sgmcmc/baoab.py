@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, positive
 from bayesnn.inference.sgmcmc.chain import SGMCMC, Variables, standard_normal
 
 
@@ -47,8 +48,7 @@ class BAOAB(SGMCMC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.friction > 0:
-            raise ValueError(f"friction must be positive, found {self.friction}")
+        check_fields(self, positive, "friction")
 
     def initial_variables(self, position: Tensor, generator: torch.Generator) -> Variables:
         """Standard normal momenta."""

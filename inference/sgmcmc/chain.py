@@ -21,6 +21,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count, flag, positive
 from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
@@ -63,13 +64,15 @@ class SGMCMC(Configured, ABC):
     """How many standard normal (C, P) an update takes."""
 
     def __post_init__(self) -> None:
-        for name in ("num_chains", "num_draws", "thinning"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.num_burn_in < 0:
-            raise ValueError(f"num_burn_in must be at least 0, found {self.num_burn_in}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 or None, found {self.batch_size}")
+        check_fields(self, count, "num_chains", "num_draws", "thinning")
+        check_fields(self, count, "num_burn_in", least=0)
+        check_fields(self, flag, "replacement", "control_variates")
+        if self.batch_size is not None:
+            check_fields(self, count, "batch_size")
+        if not isinstance(self.step_size, Schedule):
+            check_fields(self, positive, "step_size")
+        if self.preconditioner is not None and not isinstance(self.preconditioner, RMS):
+            raise TypeError(f"preconditioner must be RMS(…) or None, found {self.preconditioner!r}")
         if self.preconditioner is not None and self.num_burn_in == 0:
             raise ValueError("num_burn_in must be at least 1 with a preconditioner, which learns in it, found 0")
         self.schedule.check(self.thinning)

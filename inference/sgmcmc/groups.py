@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatch
 
 import torch
@@ -12,16 +13,30 @@ NAMED = ("layer", "neuron", "parameter", "random", "permuted")
 
 
 def check_grouping(groups: Grouping, num_groups: int | None) -> None:
-    """Raise ValueError unless the groups are named, or patterns, and have a number where they need one."""
+    """Check that the groups are named, or patterns, and have a number where they need one.
+
+    Raises:
+        TypeError: if they are neither a name nor tuples of patterns.
+        ValueError: if the name is unknown, or a number is missing or too much.
+    """
     if isinstance(groups, str):
         if groups not in NAMED:
             raise ValueError(f"groups must be one of {', '.join(NAMED)}, or tuples of name patterns, found {groups!r}")
         if (groups in ("random", "permuted")) != (num_groups is not None):
             raise ValueError(f"num_groups goes with groups 'random' and 'permuted', found {num_groups} with {groups!r}")
-        if num_groups is not None and num_groups < 1:
-            raise ValueError(f"num_groups must be at least 1, found {num_groups}")
-    elif num_groups is not None:
+        return
+    if not isinstance(groups, Sequence) or not all(map(_are_patterns, groups)) or not groups:
+        raise TypeError(
+            f"groups must be one of {', '.join(NAMED)}, or tuples of name patterns, one for each group, found {groups!r}"
+        )
+    if num_groups is not None:
         raise ValueError("num_groups goes with groups 'random' and 'permuted', not with patterns")
+
+
+def _are_patterns(group: object) -> bool:
+    if isinstance(group, str) or not isinstance(group, Sequence):
+        return False
+    return all(isinstance(pattern, str) for pattern in group)
 
 
 def assign(

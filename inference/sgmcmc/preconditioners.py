@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, fraction, positive
 from bayesnn.configured import Configured
 
 
@@ -42,10 +43,8 @@ class RMS(Configured, saved_as="RMSPreconditioner"):
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), found {self.decay}")
-        if not self.floor > 0:
-            raise ValueError(f"floor must be positive, found {self.floor}")
+        check_fields(self, fraction, "decay", interval="[0, 1)")
+        check_fields(self, positive, "floor")
 
     def update(self, second_moment: Tensor, gradient: Tensor) -> Tensor:
         """V after one more gradient; both (C, P)."""

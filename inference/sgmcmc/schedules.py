@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from bayesnn.checks import check_fields, count, flag, number, positive
 from bayesnn.configured import Configured
 
 
@@ -56,7 +57,7 @@ class Constant(Schedule, saved_as="ConstantSchedule"):
     value: float
 
     def __post_init__(self) -> None:
-        _check_positive("step_size", self.value)
+        object.__setattr__(self, "value", positive("step_size", self.value))
 
     def __call__(self, step: int) -> float:
         return self.value
@@ -87,8 +88,8 @@ class Polynomial(Schedule, saved_as="PolynomialSchedule"):
     gamma: float = 0.55
 
     def __post_init__(self) -> None:
-        _check_positive("a", self.a)
-        _check_positive("b", self.b)
+        check_fields(self, positive, "a", "b")
+        check_fields(self, number, "gamma")
         if not 0.5 < self.gamma <= 1:
             raise ValueError(f"gamma must lie in (0.5, 1], so that the chain forgets its start, found {self.gamma}")
 
@@ -124,10 +125,8 @@ class Cosine(Schedule, saved_as="CosineSchedule"):
     num_steps: int
 
     def __post_init__(self) -> None:
-        _check_positive("initial", self.initial)
-        _check_positive("final", self.final)
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, found {self.num_steps}")
+        check_fields(self, positive, "initial", "final")
+        check_fields(self, count, "num_steps")
 
     def __call__(self, step: int) -> float:
         progress = min(1.0, step / self.num_steps)
@@ -167,9 +166,10 @@ class Cyclical(Schedule, saved_as="CyclicalSchedule"):
     noise_in_exploration: bool = False
 
     def __post_init__(self) -> None:
-        _check_positive("initial", self.initial)
-        if self.cycle_length < 1:
-            raise ValueError(f"cycle_length must be at least 1, found {self.cycle_length}")
+        check_fields(self, positive, "initial")
+        check_fields(self, count, "cycle_length")
+        check_fields(self, number, "exploration")
+        check_fields(self, flag, "noise_in_exploration")
         if not 0 <= self.exploration < 1 or not self.sampling(self.cycle_length - 1):
             raise ValueError(
                 f"exploration must lie in [0, 1) and leave at least one of the {self.cycle_length} steps of a cycle to "
@@ -198,8 +198,3 @@ class Cyclical(Schedule, saved_as="CyclicalSchedule"):
     def check(self, thinning: int) -> None:
         if self.cycle_length % thinning:
             raise ValueError(f"cycle_length must be a multiple of thinning ({thinning}), found {self.cycle_length}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, found {value}")

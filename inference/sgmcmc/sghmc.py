@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, flag, number, positive
 from bayesnn.inference.sgmcmc.chain import SGMCMC, Variables, standard_normal
 
 
@@ -64,9 +65,9 @@ class SGHMC(SGMCMC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("friction", "mass"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        check_fields(self, positive, "friction", "mass")
+        check_fields(self, number, "gradient_variance")
+        check_fields(self, flag, "symplectic")
         largest = self.schedule.largest
         if self.friction * largest >= self.mass:
             raise ValueError(

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, positive
 from bayesnn.inference.sgmcmc.chain import SGMCMC, Variables, standard_normal
 
 SMALL = 1e-12  # in place of a friction of zero, by which the noise's variance would be divided
@@ -60,8 +61,7 @@ class SGNHT(SGMCMC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.friction > 0:
-            raise ValueError(f"friction must be positive, found {self.friction}")
+        check_fields(self, positive, "friction")
 
     def initial_variables(self, position: Tensor, generator: torch.Generator) -> Variables:
         """Standard normal momenta, and thermostats N(A, 1/P), (C, 1): their law with exact gradients."""

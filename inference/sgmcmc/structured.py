@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count, flag, fraction
 from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
@@ -83,12 +84,13 @@ class Structured(Configured):
             raise TypeError(f"base must be a stochastic-gradient sampler (SGLD, SGHMC …), found {self.base!r}")
         if self.base.control_variates:
             raise ValueError("base can't have control_variates: its gradient isn't the posterior's")
+        if self.num_groups is not None:
+            check_fields(self, count, "num_groups")
         check_grouping(self.groups, self.num_groups)
-        if self.dropout is not None and not 0 < self.dropout <= 1:
-            raise ValueError(f"dropout must lie in (0, 1] or be None, found {self.dropout}")
-        for name in ("num_masks", "past_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.dropout is not None:
+            check_fields(self, fraction, "dropout", interval="(0, 1]")
+        check_fields(self, count, "num_masks", "past_size")
+        check_fields(self, flag, "independent_groups")
 
     @property
     def num_chains(self) -> int:

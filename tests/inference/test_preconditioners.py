@@ -60,7 +60,11 @@ def test_a_sampler_freezes_it_after_burn_in():
 def test_bad_settings():
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), found 1.0"):
         RMS(decay=1.0)
-    with pytest.raises(ValueError, match="floor must be positive, found 0"):
+    with pytest.raises(ValueError, match="floor must be positive and finite, found 0"):
         RMS(floor=0)
+    with pytest.raises(TypeError, match=r"decay must be a number in \[0, 1\), found '0.9'"):
+        RMS(decay="0.9")
+    with pytest.raises(TypeError, match="floor must be a positive number"):
+        RMS(floor=None)
     with pytest.raises(ValueError, match="num_burn_in must be at least 1 with a preconditioner"):
         SGLD(num_burn_in=0, preconditioner=RMS())

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 from bayesnn.configured import build, describe
@@ -69,3 +70,26 @@ def test_schedules_are_described_and_built():
 def test_bad_schedules(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: Constant("0.1"), "step_size must be a positive number, found '0.1'"),
+        (lambda: Polynomial(0.1, b=None), "b must be a positive number"),
+        (lambda: Polynomial(0.1, gamma="0.55"), "gamma must be a number"),
+        (lambda: Cosine(0.1, 0.01, 2.5), "num_steps must be an integer, found 2.5"),
+        (lambda: Cyclical(1e-3, 50.0), "cycle_length must be an integer, found 50.0"),
+        (lambda: Cyclical(1e-3, 50, exploration="half"), "exploration must be a number"),
+        (lambda: Cyclical(1e-3, 50, noise_in_exploration=1), "noise_in_exploration must be True or False"),
+    ],
+)
+def test_schedules_of_the_wrong_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_numpy_s_numbers_are_numbers():
+    cyclical = Cyclical(np.float64(0.1), np.uint8(10), np.float64(0.5))
+    assert cyclical == Cyclical(0.1, 10, 0.5) and cyclical(1009) == Cyclical(0.1, 10, 0.5)(1009)
+    assert build(describe(cyclical)) == cyclical

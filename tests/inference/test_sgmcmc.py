@@ -1,5 +1,6 @@
 """The loop around the updates: counts, phases, statistics, resumed runs and errors."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,9 +186,9 @@ def test_chains_that_leave_the_finite_numbers_stop_the_run_and_leave_the_checkpo
         (lambda: SGLD(num_draws=0), "num_draws must be at least 1"),
         (lambda: SGLD(thinning=0), "thinning must be at least 1"),
         (lambda: SGLD(num_burn_in=-1), "num_burn_in must be at least 0, found -1"),
-        (lambda: SGLD(batch_size=0), "batch_size must be at least 1 or None, found 0"),
-        (lambda: SGHMC(friction=0.0), "friction must be positive, found 0.0"),
-        (lambda: SGHMC(mass=-1.0), "mass must be positive, found -1.0"),
+        (lambda: SGLD(batch_size=0), "batch_size must be at least 1, found 0"),
+        (lambda: SGHMC(friction=0.0), "friction must be positive and finite, found 0.0"),
+        (lambda: SGHMC(mass=-1.0), "mass must be positive and finite, found -1.0"),
         (lambda: SGHMC(friction=20.0, step_size=0.1), r"friction must be below mass / step_size = 10, .* found 20.0"),
         (
             lambda: SGHMC(gradient_variance=20.0, step_size=0.1, friction=1.0),
@@ -195,13 +196,51 @@ def test_chains_that_leave_the_finite_numbers_stop_the_run_and_leave_the_checkpo
         ),
         (lambda: SGHMC(gradient_variance=-1.0), "gradient_variance must lie in"),
         (lambda: SGHMC(friction=20.0, step_size=Cyclical(0.1, 20)), "friction must be below mass / step_size = 10"),
-        (lambda: SGNHT(friction=-1.0), "friction must be positive, found -1.0"),
-        (lambda: BAOAB(friction=0.0), "friction must be positive, found 0.0"),
+        (lambda: SGNHT(friction=-1.0), "friction must be positive and finite, found -1.0"),
+        (lambda: BAOAB(friction=0.0), "friction must be positive and finite, found 0.0"),
     ],
 )
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: SGLD(num_chains=2.5), "num_chains must be an integer, found 2.5"),
+        (lambda: SGLD(num_draws=2.5), "num_draws must be an integer"),
+        (lambda: SGLD(thinning=2.5), "thinning must be an integer"),
+        (lambda: SGLD(num_burn_in=10.0), "num_burn_in must be an integer, found 10.0"),
+        (lambda: SGLD(batch_size=7.5), "batch_size must be an integer"),
+        (lambda: SGLD(batch_size="all"), "batch_size must be an integer, found 'all'"),
+        (lambda: SGLD(step_size="0.1"), "step_size must be a positive number"),
+        (lambda: SGLD(step_size=Polynomial), "step_size must be a positive number, found <class"),
+        (lambda: SGLD(replacement="no"), "replacement must be True or False, found 'no'"),
+        (lambda: SGLD(control_variates=1), "control_variates must be True or False"),
+        (lambda: SGLD(preconditioner="rms"), r"preconditioner must be RMS\(…\) or None, found 'rms'"),
+        (lambda: SGLD(preconditioner=RMS), r"preconditioner must be RMS\(…\) or None, found <class"),
+        (lambda: SGHMC(friction="10"), "friction must be a positive number"),
+        (lambda: SGHMC(gradient_variance=None), "gradient_variance must be a number"),
+        (lambda: SGHMC(symplectic="yes"), "symplectic must be True or False"),
+        (lambda: SGNHT(friction=None), "friction must be a positive number"),
+        (lambda: BAOAB(friction=None), "friction must be a positive number"),
+    ],
+)
+def test_settings_of_the_wrong_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_numpy_s_numbers_are_numbers(tmp_path):
+    # A byte's product with thinning would overflow.
+    counts = {"num_chains": np.int32(2), "num_burn_in": np.uint8(60), "num_draws": np.int64(8), "thinning": np.uint8(5)}
+    sampler = SGHMC(**counts, batch_size=np.int16(7), step_size=np.float64(0.01), friction=np.float32(10))
+    plain = SGHMC(step_size=0.01, friction=10.0, **SHORT)
+    assert sampler == plain
+    found = run(sampler, network(), seed=3, checkpoint=tmp_path / "a")
+    for name, values in run(plain, network(), seed=3, checkpoint=tmp_path / "a").parameters.items():
+        assert torch.equal(found.parameters[name], values)
 
 
 def test_targets_that_dont_fit():

@@ -220,6 +220,24 @@ def test_wrong_settings(options, message):
         Structured(SGLD(), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": "random", "num_groups": 2.5}, "num_groups must be an integer, found 2.5"),
+        ({"groups": ("weight", "bias")}, "groups must be one of"),  # each letter would be a pattern
+        ({"groups": ()}, "groups must be one of"),
+        ({"groups": 3}, "groups must be one of"),
+        ({"dropout": "0.5"}, "dropout must be a number"),
+        ({"num_masks": 2.5}, "num_masks must be an integer"),
+        ({"past_size": 2.5}, "past_size must be an integer"),
+        ({"independent_groups": "no"}, "independent_groups must be True or False"),
+    ],
+)
+def test_settings_of_the_wrong_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        Structured(SGLD(), **options)
+
+
 def test_wrong_base():
     with pytest.raises(TypeError, match="stochastic-gradient sampler"):
         Structured(HMC())
