@@ -8,7 +8,7 @@ from bayesnn.data import BayesnnWarning
 from bayesnn.inference.amortized import PFN
 from bayesnn.model import Model, NotFittedError
 from bayesnn.predictive import Predictive
-from bayesnn.processes import NNGP, ConditionalNeuralProcess
+from bayesnn.processes import NNGP, ConditionalNeuralProcess, StudentTProcess
 from bayesnn.registry import surrogate, surrogates
 
 __version__ = version("bayesnn")
@@ -23,6 +23,7 @@ __all__ = [
     "Model",
     "NotFittedError",
     "Predictive",
+    "StudentTProcess",
     "likelihoods",
     "load",
     "metrics",

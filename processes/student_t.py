@@ -1,0 +1,402 @@
+r"""The Student-t process: an infinitely wide network whose last layer's variance is unknown, with exact inference."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from botorch.optim.core import scipy_minimize
+from botorch.posteriors import Posterior
+from gpytorch.kernels import Kernel
+from gpytorch.priors import LogNormalPrior
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.errors import NanError, NotPSDError
+from linear_operator.utils.warnings import NumericalWarning
+from torch import Tensor, nn
+from torch.distributions import StudentT as StudentTDistribution
+
+from bayesnn.data import BayesnnWarning, Data
+from bayesnn.likelihoods import Gaussian
+from bayesnn.model import Model
+from bayesnn.posteriors import StudentT
+from bayesnn.predictive import Predictive
+from bayesnn.processes.kernels import NNGPKernel
+from bayesnn.processes.scale_mixtures import log_multivariate_t
+from bayesnn.registry import register
+
+KernelFactory = Callable[[int, torch.Size], Kernel]
+
+MIN_NOISE_VAR = 1e-4  # in standardised units, BoTorch's
+FARTHEST = 8.0  # that an unconstrained hyperparameter, mostly a logarithm, may move from its default
+# Weak, ours, except the noise's, which is BoTorch's. The shape has to have one: see StudentTProcess.
+PRIORS = {
+    "shape": LogNormalPrior(math.log(2.0), 0.5),
+    "ratio": LogNormalPrior(-0.5, 1.0),
+    "noise_var": LogNormalPrior(-4.0, 1.0),
+}
+
+
+class MixturePrior(nn.Module):
+    r"""The prior over functions and noise of m independent outputs: a kernel, a mean, r = b/a, a and the noise.
+
+    The scale matrix of observations is :math:`\Sigma = r K(X, X) + \eta^2 I`.
+
+    Args:
+        kernel: of batch shape (m,).
+        num_outputs: m.
+        shape, scale: a and b of the inverse gamma, where they aren't learned.
+        noise_var: :math:`\eta^2`, (m,), where it isn't learned.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        num_outputs: int,
+        shape: float | None = None,
+        scale: float | None = None,
+        noise_var: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self._fixed_shape, self._fixed_scale, self._fixed_noise = shape, scale, noise_var
+        self.mean = nn.Parameter(torch.zeros(num_outputs))
+        if shape is None:
+            self.log_shape = nn.Parameter(torch.full((num_outputs,), math.log(2.0)))
+        if scale is None:
+            self.log_ratio = nn.Parameter(torch.zeros(num_outputs))
+        if noise_var is None:
+            self.log_noise_var = nn.Parameter(torch.full((num_outputs,), -4.0))
+        self.double()
+
+    @property
+    def shape(self) -> Tensor:
+        """a, (m,)."""
+        return torch.full_like(self.mean, self._fixed_shape) if self._fixed_shape is not None else self.log_shape.exp()
+
+    @property
+    def ratio(self) -> Tensor:
+        """r = b / a, (m,)."""
+        return self._fixed_scale / self.shape if self._fixed_scale is not None else self.log_ratio.exp()
+
+    @property
+    def noise_var(self) -> Tensor:
+        """The noise's part of the scale matrix, (m,)."""
+        if self._fixed_noise is not None:
+            return self._fixed_noise.double()
+        return MIN_NOISE_VAR + self.log_noise_var.exp()
+
+    def covariance(self, first: Tensor, second: Tensor) -> Tensor:
+        """r K of (*batch, n, d) and (*batch, k, d): (*batch, m, n, k)."""
+        batch = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
+        same = first is second
+        first = first.expand(*batch, *first.shape[-2:]).unsqueeze(-3)
+        second = first if same else second.expand(*batch, *second.shape[-2:]).unsqueeze(-3)
+        return self.ratio[:, None, None] * self.kernel(first, second).to_dense()
+
+    def variance(self, X: Tensor) -> Tensor:
+        """The diagonal of r K, (*batch, m, n)."""
+        return self.ratio[:, None] * self.kernel(X.unsqueeze(-3), diag=True)
+
+    def log_prior(self) -> Tensor:
+        """Of all hyperparameters that have one, summed over outputs."""
+        values = {"shape": self.shape, "ratio": self.ratio, "noise_var": self.noise_var}
+        total = sum((PRIORS[name].log_prob(value).sum() for name, value in values.items()), self.mean.new_zeros(()))
+        for _, module, prior, closure, _ in self.kernel.named_priors():
+            total = total + prior.log_prob(closure(module)).sum()
+        return total
+
+
+class Conditioned(NamedTuple):
+    r"""What is known after n observations, for m outputs.
+
+    ``X`` (*batch, n, d); ``root``, the Cholesky factor L of :math:`\Sigma`, (*batch, m, n, n); ``whitened``,
+    :math:`L^{-1} (y - c)`, (*fantasies, *batch, m, n).
+    """
+
+    X: Tensor
+    root: Tensor
+    whitened: Tensor
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return self.X.shape[-2]
+
+    @property
+    def squared_distance(self) -> Tensor:
+        r""":math:`(y-c)^\top \Sigma^{-1} (y-c)`, noise included, (*batch, m)."""
+        return self.whitened.square().sum(-1)
+
+    @property
+    def log_det(self) -> Tensor:
+        r""":math:`\ln |\Sigma|`, (*batch, m)."""
+        return 2 * self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def no_observations(prior: MixturePrior, num_features: int) -> Conditioned:
+    """Before data."""
+    m, empty = prior.mean.shape[0], prior.mean.new_zeros
+    return Conditioned(empty(0, num_features), empty(m, 0, 0), empty(m, 0))
+
+
+def condition(prior: MixturePrior, known: Conditioned, X: Tensor, Y: Tensor) -> Conditioned:
+    """Take in observations X (*batch, q, d), Y (*fantasies, *batch, q, m): new rows of the Cholesky factor, O(n^2 q)."""
+    cross, whitened_mean = _project(prior, known, X)
+    batch, q, n = cross.shape[:-2], X.shape[-2], known.size
+    schur = prior.covariance(X, X) - cross.mT @ cross
+    corner = psd_safe_cholesky(schur + torch.diag_embed(prior.noise_var.unsqueeze(-1).expand(*batch, q)))
+    upper = torch.cat([known.root.expand(*batch, n, n), cross.new_zeros(*batch, n, q)], -1)
+    root = torch.cat([upper, torch.cat([cross.mT, corner], -1)], -2)
+    residual = (Y - prior.mean).mT - whitened_mean
+    new = torch.linalg.solve_triangular(corner, residual.unsqueeze(-1), upper=False).squeeze(-1)
+    old = known.whitened.expand(*new.shape[:-1], n)
+    inputs = torch.cat([known.X.expand(*batch[:-1], n, X.shape[-1]), X.expand(*batch[:-1], q, X.shape[-1])], -2)
+    return Conditioned(inputs, root, torch.cat([old, new], -1))
+
+
+def _project(prior: MixturePrior, known: Conditioned, X: Tensor) -> tuple[Tensor, Tensor]:
+    """L^-1 K(known, X), (*batch, m, n, q), and its product with the whitened outcomes, (*fantasies, *batch, m, q)."""
+    cross = torch.linalg.solve_triangular(known.root, prior.covariance(known.X, X), upper=False)
+    return cross, (known.whitened.unsqueeze(-2) @ cross).squeeze(-2)
+
+
+def log_evidence(prior: MixturePrior, known: Conditioned) -> Tensor:
+    r"""The log density of the observations, :math:`\log MVT_{2a}(y; c, \Sigma)`, (*batch, m)."""
+    return log_multivariate_t(known.squared_distance, known.log_det, 2 * prior.shape, known.size)
+
+
+def inflation(prior: MixturePrior, known: Conditioned) -> Tensor:
+    r""":math:`(2a + d^2) / (2a + n)`: by how much the data widen or shrink every variance, (*batch, m)."""
+    return (2 * prior.shape + known.squared_distance) / (2 * prior.shape + known.size)
+
+
+def predict(prior: MixturePrior, known: Conditioned, X: Tensor) -> StudentT:
+    r"""The posterior of f at X (*batch, q, d), a joint multivariate t with 2a + n degrees of freedom.
+
+    .. math:: \mu = c + k_*^\top \Sigma^{-1} (y - c), \qquad
+              S = \frac{2a + d^2}{2a + n} \left(K_{**} - k_*^\top \Sigma^{-1} k_*\right).
+    """
+    cross, shift = _project(prior, known, X)
+    scale = inflation(prior, known)[..., None, None] * (prior.covariance(X, X) - cross.mT @ cross)
+    loc = prior.mean + shift.mT
+    return StudentT(loc, scale.expand(*loc.shape[:-2], *scale.shape[-3:]), 2 * prior.shape + known.size)
+
+
+def predict_marginals(prior: MixturePrior, known: Conditioned, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations and squared scales of f at each point alone, (*batch, q, m) both; no q x q matrix is formed."""
+    cross, shift = _project(prior, known, X)
+    left = (prior.variance(X) - cross.square().sum(-2)).clamp_min(0)
+    loc, var = prior.mean + shift.mT, (inflation(prior, known).unsqueeze(-1) * left).mT
+    return loc, var.expand_as(loc)
+
+
+class StudentTPredictive(Predictive):
+    """A Student-t prediction, whose variances are infinite where the degrees of freedom are 2 or fewer."""
+
+    def _finite(self, values: Tensor) -> Tensor:
+        df = self.components.df.squeeze(-3)
+        return torch.where(df > 2, values, torch.full_like(values, math.inf))
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """The noise's variance, in the mean over the posterior of the shared factor."""
+        return self._finite(super().aleatoric)
+
+    @property
+    def epistemic(self) -> Tensor:
+        """The function's variance."""
+        return self._finite(super().epistemic)
+
+
+class StudentTProcess(Model):
+    r"""Exact regression with a scale mixture of infinitely wide networks (Lee, Yun, Yang and Lee 2022): a Student-t process.
+
+    The last layer's weight variance is unknown, :math:`\sigma^2 \sim IG(a, b)`, and
+    :math:`f \mid \sigma^2 \sim GP(c, \sigma^2 K)` with the NNGP kernel K or any other. Observations are
+    :math:`y = f + \epsilon` with noise on the same scale, :math:`\epsilon \mid \sigma^2 \sim N(0, \sigma^2 \tau^2)`; that is
+    what makes everything closed form (Shah, Wilson and Ghahramani 2014):
+
+    .. math::
+        y \sim MVT_{2a}(c, \Sigma), \quad \Sigma = \tfrac ba (K + \tau^2 I), \qquad
+        f_* \mid y \sim MVT_{2a+n}\!\left(\mu_*, \tfrac{2a + d^2}{2a + n} S_*\right), \quad d^2 = (y-c)^\top \Sigma^{-1} (y-c),
+
+    with :math:`\mu_*` and :math:`S_*` the mean and covariance of the Gaussian process of covariance :math:`\Sigma`. The mean
+    is that Gaussian process's; the width follows how well the data agree with the prior's scale. Function and noise share one
+    :math:`\chi^2`, so that outliers in y widen both. For a to infinity with b/a fixed it is the Gaussian process.
+
+    The noise's size is meant as :math:`\eta = \tau \sqrt{b/a}`, its part of the scale matrix: the standard deviation that it
+    has where :math:`\sigma^2` is at b/a, and in the limit of a Gaussian process.
+
+    The hyperparameters (kernel's, c, a, b/a, noise) maximise :math:`\log MVT(y)` plus log-normal priors. One set of
+    observations hardly tells a: with b/a free the density grows towards a to infinity, by about half a nat for each factor
+    of e, so that a stays near its prior, :math:`\log a \sim N(\log 2, 0.5^2)` (our choice; the paper fixes a and b at 1 to 3).
+
+    Outputs are independent, each with its own hyperparameters and its own mixing variable. One shared by all would tie the
+    widths of outputs that are standardised one by one, and make the prediction of an output depend on which others are there.
+
+    Time is O(n^3), memory O(n^2). Computed in float64 whatever the data's dtype.
+
+    Args:
+        depth: hidden layers, at least 1.
+        activation: of the network.
+        likelihood: Gaussian with learned (default) or fixed noise.
+        optimise: False keeps the hyperparameters at their defaults (a = b = 2, the paper's).
+        kernel: ``kernel(num_features, batch_shape)`` returns the GPyTorch kernel that takes the place of the network's
+            (which then has no depth and activation); inputs are standardised.
+        shape: a; None: learned.
+        scale: b, in units of the standardised outcomes' variance; None: learned.
+
+    Raises:
+        ValueError: for an unknown activation, a depth below 1, an a or b that isn't positive.
+        TypeError: if the likelihood isn't Gaussian.
+    """
+
+    def __init__(
+        self,
+        depth: int = 3,
+        activation: str = "relu",
+        likelihood: Gaussian | None = None,
+        optimise: bool = True,
+        kernel: KernelFactory | None = None,
+        shape: float | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__(likelihood)
+        if not isinstance(self.likelihood, Gaussian):
+            raise TypeError(f"likelihood must be likelihoods.Gaussian for exact inference, found {self.likelihood!r}")
+        for name, value in (("shape", shape), ("scale", scale)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, or None, found {value}")
+        network_kernel(1, torch.Size([]), depth, activation)  # raises the errors above
+        self.depth, self.activation, self.optimise, self.kernel = depth, activation, optimise, kernel
+        self.shape, self.scale = shape, scale
+        self._prior: MixturePrior
+        self._known: Conditioned
+
+    def _build(self, data: Data, outcome_scale: Tensor) -> MixturePrior:
+        fixed = self.likelihood.fixed_parameters(outcome_scale.double())
+        noise = (2 * fixed["log_noise_std"]).exp().squeeze(0) if fixed else None
+        d, batch = data.X.shape[-1], torch.Size([data.Y.shape[-1]])
+        own = self.kernel
+        kernel = network_kernel(d, batch, self.depth, self.activation) if own is None else own(d, batch)
+        return MixturePrior(kernel, data.Y.shape[-1], self.shape, self.scale, noise)
+
+    def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
+        prior = self._build(data, outcome_scale)
+        if self.optimise:
+            self._maximise(prior, data, options["time_budget"])
+        self._take(prior, data)
+
+    def _maximise(self, prior: MixturePrior, data: Data, time_budget: float | None) -> None:
+        """L-BFGS from the defaults; where it finds nothing better they stay."""
+        parameters: dict[str, Tensor] = {name: own for name, own in prior.named_parameters() if own.requires_grad}
+
+        def loss() -> Tensor:
+            return -(self._log_evidence(prior, _seen(prior, data)).sum() + prior.log_prior()) / len(data)
+
+        start = {name: value.detach().clone() for name, value in parameters.items()}
+        limits: Any = {name: ((v - FARTHEST).flatten(), (v + FARTHEST).flatten()) for name, v in start.items()}
+        with torch.no_grad():
+            before = loss()
+
+        def value_and_gradient() -> tuple[Tensor, Sequence[Tensor]]:
+            # A step of the line search that went too far is a high place, from which it turns back.
+            far = before + 1e3
+            try:
+                value = loss()
+                if bool(torch.isfinite(value)):
+                    return value, torch.autograd.grad(value, list(parameters.values()))
+            except (NotPSDError, NanError):
+                pass
+            return far, [torch.zeros_like(value) for value in parameters.values()]
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NumericalWarning)
+            found = scipy_minimize(value_and_gradient, parameters, bounds=limits, timeout_sec=time_budget)
+        if found.fval is None or not float(found.fval) <= float(before):
+            with torch.no_grad():
+                for name, value in start.items():
+                    parameters[name].copy_(value)
+            message = f"{type(self).__name__}: log p(y) couldn't be maximised, defaults are used: {found.message}"
+            warnings.warn(message, BayesnnWarning, stacklevel=4)
+
+    def _log_evidence(self, prior: MixturePrior, known: Conditioned) -> Tensor:
+        return log_evidence(prior, known)
+
+    def _take(self, prior: MixturePrior, data: Data) -> None:
+        self._prior = prior.eval().requires_grad_(False)
+        self._known = _seen(self._prior, data)
+
+    def _latent(self, X: Tensor) -> StudentT:
+        return _of_dtype(predict(self._prior, self._known, X.double()), X.dtype)
+
+    def _observations(self, latent: Posterior, X: Tensor) -> StudentT:
+        """Function and noise under one chi-squared variable."""
+        assert isinstance(latent, StudentT)
+        noise = inflation(self._prior, self._known) * self._prior.noise_var
+        diagonal = torch.diag_embed(noise.unsqueeze(-1).expand(*latent.scale.shape[:-1])).to(latent.scale)
+        return StudentT(latent.loc, latent.scale + diagonal, latent.df)
+
+    def _predictive(self, X: Tensor) -> Predictive:
+        loc, var = predict_marginals(self._prior, self._known, X.double())
+        noise = (inflation(self._prior, self._known) * self._prior.noise_var).unsqueeze(-2)
+        df = (2 * self._prior.shape + self._known.size).expand_as(loc)
+        df, loc, std, function_var = (
+            value.unsqueeze(-3).to(X) for value in (df, loc, (var + noise).sqrt(), var * df / (df - 2))
+        )
+        components = StudentTDistribution(df, loc, std, validate_args=False)
+        return StudentTPredictive(components, function_var=function_var)
+
+    def _likelihood_parameters(self) -> dict[str, Tensor]:
+        data = self._require_fitted()
+        return {"log_noise_std": 0.5 * self._prior.noise_var.log().unsqueeze(0).to(data.X)}
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Empty, or one entry for each set of fantasies."""
+        return self._known.whitened.shape[:-2] if self._data is not None else torch.Size([])
+
+    def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
+        """Exact conditioning on more observations, with the hyperparameters kept: their noise is the model's own."""
+        scaled, standardised = self._observed(X, Y)
+        conditioned = self._copy()
+        conditioned._conditioned = True
+        conditioned._known = condition(self._prior, self._known, scaled.double(), standardised.double())
+        return conditioned
+
+    def _state(self) -> dict[str, Tensor]:
+        return dict(self._prior.state_dict())
+
+    def _set_state(self, tensors: dict[str, Tensor]) -> None:
+        assert self._data is not None
+        prior = self._build(self._data, self._outcomes.scale)
+        prior.load_state_dict(tensors)
+        self._take(prior, self._data)
+
+
+def network_kernel(num_features: int, batch_shape: torch.Size, depth: int, activation: str) -> Kernel:
+    """The kernel of an infinitely wide network with the weak log-normal priors of :class:`NNGP` (our choice)."""
+    return NNGPKernel(
+        depth=depth,
+        activation=activation,
+        ard_num_dims=num_features,
+        batch_shape=batch_shape,
+        lengthscale_prior=LogNormalPrior(0.0, 1.0),
+        weight_var_prior=LogNormalPrior(0.5, 0.5),
+        bias_var_prior=LogNormalPrior(-2.0, 1.0),
+    )
+
+
+def _seen(prior: MixturePrior, data: Data) -> Conditioned:
+    X = data.X.double()
+    return condition(prior, no_observations(prior, X.shape[-1]), X, data.Y.double())
+
+
+def _of_dtype(posterior: StudentT, dtype: torch.dtype) -> StudentT:
+    return StudentT(posterior.loc.to(dtype), posterior.scale.to(dtype), posterior.df)
+
+
+register("student-t", StudentTProcess)
