@@ -18,9 +18,30 @@ Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From positions (C, P) to their log density, (C,), and its gradient, (C, P)."""
 
 
-def ravel(parameters: Parameters) -> Tensor:
-    """Parameters, each (C, *shape), as (C, P)."""
-    return torch.cat([values.reshape(values.shape[0], -1) for values in parameters.values()], 1)
+def ravel(parameters: Parameters, shapes: dict[str, torch.Size]) -> Tensor:
+    """Parameters, each (C, *shape), as (C, P), in the order of ``shapes`` whatever their own.
+
+    Raises:
+        ValueError: if a parameter is missing, has another shape or is none of ``shapes``.
+    """
+    missing, extra = shapes.keys() - parameters.keys(), parameters.keys() - shapes.keys()
+    if missing or extra:
+        raise ValueError(
+            f"points must have the target's parameters {', '.join(shapes)}: "
+            + "; ".join(
+                f"{', '.join(sorted(names))} {what}"
+                for names, what in ((missing, "missing"), (extra, "unknown"))
+                if names
+            )
+        )
+    first = next(iter(parameters.values()))
+    count = first.shape[0] if first.dim() else 1
+    for name, shape in shapes.items():
+        if parameters[name].shape != (count, *shape):
+            raise ValueError(
+                f"parameter {name} of {count} points must have shape {(count, *shape)}, found {tuple(parameters[name].shape)}"
+            )
+    return torch.cat([parameters[name].reshape(count, -1) for name in shapes], 1)
 
 
 def unravel(flat: Tensor, shapes: dict[str, torch.Size]) -> Parameters:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from bayesnn.configured import Configured
+from bayesnn.files import fingerprint
 from bayesnn.inference.ensembles.deep import DeepEnsemble, DeepEnsembleState
+from bayesnn.inference.flat import ravel, unravel
 from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.run import Method
 from bayesnn.inference.target import Parameters, Target
@@ -109,13 +111,20 @@ class StartingAt:
     Args:
         target: any target.
         parameters: one point for each chain: tensors (C, *shape).
+
+    Raises:
+        ValueError: if a parameter is missing, has another shape or isn't the target's.
     """
 
     def __init__(self, target: Target, parameters: Parameters) -> None:
-        self._target, self._parameters = target, parameters
+        self.target = target
+        self._parameters = unravel(ravel(parameters, target.shapes()), target.shapes())
+        self.fingerprint = fingerprint(getattr(target, "fingerprint", ""), *self._parameters.values())
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
+        if name == "target":  # while being unpickled in another process
+            raise AttributeError(name)
+        return getattr(self.target, name)
 
     def initial(self, count: int, generator: torch.Generator) -> Parameters:
         """The given points.

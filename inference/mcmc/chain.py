@@ -106,7 +106,7 @@ class MarkovChain(Configured, ABC):
     def init(self, target: Target, generator: torch.Generator) -> ChainState:
         """Chains at the target's initial points, with step sizes that are about right there."""
         density = density_of(target)
-        point = start(density, ravel(target.initial(self.num_chains, generator)))
+        point = start(density, ravel(target.initial(self.num_chains, generator), target.shapes()))
         low_rank = self.mass == "low-rank"
         mass = identity_low_rank(point.position, MAX_RANK) if low_rank else identity_mass(point.position)
         step_size = self._first_step_size(density, point, mass, generator)

@@ -133,7 +133,7 @@ class MCLMC(Configured):
 
     def init(self, target: Target, generator: torch.Generator) -> MCLMCState:
         """Chains at the target's initial points, going anywhere."""
-        point = start(density_of(target), ravel(target.initial(self.num_chains, generator)))
+        point = start(density_of(target), ravel(target.initial(self.num_chains, generator), target.shapes()))
         check_directions(point.position)
         return MCLMCState(
             point,

@@ -130,7 +130,7 @@ class SGMCMC(Configured, ABC):
         num_rows = len(target.data)
         if self.batch_size is not None and num_rows == 0:
             raise ValueError(f"batch_size must be None for a target without data, found {self.batch_size}")
-        position = ravel(target.initial(self.num_chains, generator))
+        position = ravel(target.initial(self.num_chains, generator), target.shapes())
         if not bool(torch.isfinite(log_density_and_gradient(target, position)[1]).all()):
             raise ValueError("the gradient of the log density isn't finite at the initial points")
         empty = position[:, :0]

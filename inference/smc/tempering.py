@@ -132,7 +132,7 @@ class SMC(Configured):
         num_rows = len(target.data)
         if self.num_seen > num_rows or (self.num_seen == num_rows > 0):
             raise ValueError(f"num_seen must be below the target's {num_rows} rows, found {self.num_seen}")
-        position = ravel(draw(self.num_particles, generator))
+        position = ravel(draw(self.num_particles, generator), target.shapes())
         zero = torch.zeros((), dtype=torch.float64)
         return SMCState(
             position,

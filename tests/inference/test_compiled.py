@@ -45,7 +45,7 @@ def attention():
 def test_the_same_density_and_gradient_to_rounding(make):
     target = make()
     compiled = Compiled(target)
-    position = ravel(target.initial(4, torch.Generator().manual_seed(1)))
+    position = ravel(target.initial(4, torch.Generator().manual_seed(1)), target.shapes())
     batch = Data(target.data.X[:5], target.data.Y[:5])
     for part in (None, batch):
         exact = log_density_and_gradient(target, position, part)

@@ -68,8 +68,8 @@ def test_density_and_gradient_are_those_of_the_whole_without_constants(network, 
     complete = parameters | {name: value.expand(3, *value.shape) for name, value in partial.frozen.items()}
     complete = {name: complete[name] for name in target.shapes()}
     frozen = {name: value.unsqueeze(0) for name, value in partial.frozen.items()}
-    value, gradient = log_density_and_gradient(partial, ravel(parameters))
-    whole, whole_gradient = log_density_and_gradient(target, ravel(complete))
+    value, gradient = log_density_and_gradient(partial, ravel(parameters, partial.shapes()))
+    whole, whole_gradient = log_density_and_gradient(target, ravel(complete, target.shapes()))
     torch.testing.assert_close(value, whole - target.log_prior(frozen) / 0.5)
     columns = torch.cat([torch.full((v[0].numel(),), name in parameters) for name, v in complete.items()])
     torch.testing.assert_close(gradient, whole_gradient[:, columns])

@@ -40,7 +40,7 @@ def test_the_density_is_pyro_s():
     parameters = target.initial(3, torch.Generator().manual_seed(0))
     _, potential, _, _ = initialize_model(scales)
     expected = torch.stack([-potential({name: v[i] for name, v in parameters.items()}) for i in range(3)])
-    value, gradient = log_density_and_gradient(target, ravel(parameters))
+    value, gradient = log_density_and_gradient(target, ravel(parameters, target.shapes()))
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
     assert gradient.shape == (3, 4) and target.constrain(parameters)["scale"].min() > 0
 

@@ -19,7 +19,7 @@ from bayesnn.inference import (
     Polynomial,
     run,
 )
-from bayesnn.inference.flat import log_density_and_gradient, ravel
+from bayesnn.inference.flat import log_density_and_gradient
 
 PRECISION = torch.tensor([[2.0, 1.2, 0.0], [1.2, 3.0, -0.7], [0.0, -0.7, 0.8]], dtype=torch.float64)
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -38,7 +38,7 @@ def gaussian():
 
 def draws_of(posterior):
     """(draws, chains, P)."""
-    return posterior.by_chain(ravel(posterior.parameters)).transpose(0, 1)
+    return posterior.by_chain(posterior.parameters["x"]).transpose(0, 1)
 
 
 METHODS = {

@@ -23,7 +23,7 @@ def small_target(num_rows=6, temperature=1.0):
 
 
 def positions(target, count, seed):
-    return ravel(target.initial(count, torch.Generator().manual_seed(seed)))
+    return ravel(target.initial(count, torch.Generator().manual_seed(seed)), target.shapes())
 
 
 def draw(state, *arguments):

@@ -126,6 +126,34 @@ def test_the_evidence_of_a_stream_is_unbiased():
     assert abs(float(z_score(ratios.unsqueeze(-1), 1.0))) < 4
 
 
+def test_parameters_go_by_their_names_whatever_their_order():
+    """A prior that lists the parameters in another order than the initial points do."""
+
+    def sample(names):
+        def draw(count, generator):
+            noise = torch.randn(2, count, generator=generator, dtype=torch.float64)
+            values = {"a": noise[0], "b": 5 * noise[1]}
+            return {name: values[name] for name in names}
+
+        return draw
+
+    def log_prior(p):
+        return -0.5 * p["a"].square() - 0.5 * (p["b"] / 5).square()
+
+    def log_likelihood(p):
+        return -0.5 * ((p["a"] - 1) / 0.5).square() - 0.5 * ((p["b"] - 1) / 0.5).square()
+
+    in_order, swapped = (
+        run(SMC(num_particles=64), FunctionTarget(log_likelihood, sample(["a", "b"]), log_prior, sample(names)))
+        for names in (["a", "b"], ["b", "a"])
+    )
+    assert torch.equal(in_order.statistics["log_evidence"], swapped.statistics["log_evidence"])
+    assert torch.equal(in_order.parameters["a"], swapped.parameters["a"])
+    wrong = FunctionTarget(log_likelihood, sample(["a", "b"]), log_prior, sample(["a"]))
+    with pytest.raises(ValueError, match="parameters a, b: b missing"):
+        run(SMC(num_particles=64), wrong)
+
+
 def test_separate_modes_keep_their_masses():
     def log_likelihood(p):
         x = p["x"]

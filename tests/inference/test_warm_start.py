@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -76,3 +78,19 @@ def test_wrong_use():
     points = target().initial(2, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="given for 2 chains, but 3"):
         StartingAt(target(), points).initial(3, torch.Generator())
+
+
+def test_given_points_go_by_their_names():
+    points = target().initial(3, torch.Generator().manual_seed(0))
+    straight, reverse = (StartingAt(target(), own) for own in (points, dict(reversed(points.items()))))
+    first, second = (SAMPLERS["hmc"].init(own, torch.Generator()).point.position for own in (straight, reverse))
+    assert torch.equal(first, second) and straight.fingerprint == reverse.fingerprint
+    name = "network.layers.0.bias"
+    with pytest.raises(ValueError, match=rf"{name} missing; extra unknown"):
+        StartingAt(target(), {"extra": points[name]} | {own: points[own] for own in points if own != name})
+    with pytest.raises(ValueError, match=rf"{name} of 3 points must have shape \(3, 8\), found \(3, 2, 4\)"):
+        StartingAt(target(), points | {name: points[name].reshape(3, 2, 4)})
+    with pytest.raises(ValueError, match=r"must have shape \(3, 8\), found \(2, 8\)"):
+        StartingAt(target(), points | {name: points[name][:2]})
+    travelled = pickle.loads(pickle.dumps(straight))
+    assert torch.equal(travelled.initial(3, torch.Generator())[name], points[name])
