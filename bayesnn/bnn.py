@@ -160,6 +160,7 @@ class BNN(Model):
         state = {f"draws.{name}": values for name, values in self._weights.sampled.items()}
         state |= {f"fixed.{name}": values for name, values in self._weights.fixed.items()}
         state |= {f"statistics.{name}": values for name, values in self._weights.statistics.items()}
+        state |= {f"groups.{name}": values for name, values in self._weights.groups.items()}
         state |= {f"buffers.{name}": values for name, values in self._fitted_network.named_buffers()}
         state["num_chains"] = torch.tensor(self._weights.num_chains)
         if self._weights.log_weights is not None:
@@ -171,22 +172,23 @@ class BNN(Model):
         return dict(self._arguments) | {"network": self._fitted_network}
 
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
-        groups: dict[str, dict[str, Tensor]] = {"draws": {}, "fixed": {}, "statistics": {}, "buffers": {}}
+        parts: dict[str, dict[str, Tensor]] = {"draws": {}, "fixed": {}, "statistics": {}, "groups": {}, "buffers": {}}
         for name, tensor in tensors.items():
-            group, _, rest = name.partition(".")
-            if group in groups:
-                groups[group][rest] = tensor
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = tensor
         assert self._data is not None
         target = self._target(self._data, self._outcomes.scale)
-        target.network.load_state_dict(groups["buffers"], strict=False)
+        target.network.load_state_dict(parts["buffers"], strict=False)
         self._take(
             target,
             WeightPosterior(
-                groups["draws"],
+                parts["draws"],
                 int(tensors["num_chains"]),
                 tensors.get("log_weights"),
-                groups["statistics"],
-                groups["fixed"],
+                parts["statistics"],
+                parts["fixed"],
+                parts["groups"],
             ),
         )
 

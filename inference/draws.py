@@ -25,6 +25,9 @@ class WeightPosterior:
         statistics: what the method reports of its run (acceptance, divergences, step sizes …), tensors by name.
         fixed: parameters that are the same in all draws, (*shape) each: those of a partly stochastic network that were
             learned. Among ``parameters`` they are views, not S copies.
+        groups: which of a chain's parameters belong together: numbers from 0, (chains, *shape) for each sampled parameter.
+            In the posterior that is meant, parameters of different groups are independent, whatever they are within a
+            chain: :meth:`draws` makes them so. None: draws are what they are.
     """
 
     def __init__(
@@ -34,9 +37,10 @@ class WeightPosterior:
         log_weights: Tensor | None = None,
         statistics: dict[str, Tensor] | None = None,
         fixed: Parameters | None = None,
+        groups: Parameters | None = None,
     ) -> None:
         self.num_chains, self.log_weights = num_chains, log_weights
-        self.statistics, self.fixed = statistics or {}, fixed or {}
+        self.statistics, self.fixed, self.groups = statistics or {}, fixed or {}, groups or {}
         count = next(iter(parameters.values())).shape[0]
         self.parameters = parameters | {name: value.expand(count, *value.shape) for name, value in self.fixed.items()}
 
@@ -49,7 +53,7 @@ class WeightPosterior:
         """The same draws, with parameters that all of them have in common."""
         complete = copy.copy(self)
         WeightPosterior.__init__(
-            complete, self.sampled, self.num_chains, self.log_weights, self.statistics, self.fixed | fixed
+            complete, self.sampled, self.num_chains, self.log_weights, self.statistics, self.fixed | fixed, self.groups
         )
         return complete
 
@@ -57,8 +61,11 @@ class WeightPosterior:
         return next(iter(self.parameters.values())).shape[0]
 
     def draws(self, num_draws: int) -> WeightPosterior:
-        """At most ``num_draws`` of the draws, evenly spaced over the chains; weighted draws are resampled systematically."""
-        if num_draws >= len(self):
+        """At most ``num_draws`` of the draws, to predict with: evenly spaced over the chains, weighted ones resampled
+        systematically. With groups, each group takes those of its chain in a random order of its own, always the same one.
+        """
+        num_draws = min(num_draws, len(self))
+        if num_draws == len(self) and not self.groups:
             return self
         grid = (torch.arange(num_draws, dtype=torch.float64) + 0.5) / num_draws
         if self.log_weights is None:
@@ -66,7 +73,21 @@ class WeightPosterior:
         else:
             cdf = torch.softmax(self.log_weights.double(), -1).cumsum(-1)
             index = torch.searchsorted(cdf, grid).clamp_max(len(self) - 1)
-        return WeightPosterior({name: values[index] for name, values in self.sampled.items()}, fixed=self.fixed)
+        chosen = self._mixed(index) if self.groups else {name: values[index] for name, values in self.sampled.items()}
+        return WeightPosterior(chosen, fixed=self.fixed)
+
+    def _mixed(self, index: Tensor) -> Parameters:
+        """The draws of an ascending index, each group's in another order within its chain."""
+        chain = index // (len(self) // self.num_chains)
+        num_groups = 1 + max(int(groups.max()) for groups in self.groups.values())
+        keys = torch.rand(len(index), num_groups, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        rows = index[(chain.unsqueeze(-1) + keys).argsort(0)]  # (S, groups)
+        mixed = {}
+        for name, values in self.sampled.items():
+            groups = self.groups[name].reshape(self.num_chains, -1)[chain]
+            flat = values.reshape(len(values), -1)
+            mixed[name] = flat.gather(0, rows.gather(1, groups)).reshape(-1, *values.shape[1:])
+        return mixed
 
     def posterior(self, network: nn.Module, X: Tensor) -> FunctionDraws:
         """The latent function values at X: (*batch, q, d) -> draws (*batch, S, q, p).

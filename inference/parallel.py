@@ -113,4 +113,5 @@ def concatenate(posteriors: list[WeightPosterior]) -> WeightPosterior:
         torch.cat(log_weights) if log_weights else None,
         {name: joined(name) for name in first.statistics},
         first.fixed,
+        {name: torch.cat([p.groups[name] for p in posteriors]) for name in first.groups},
     )
