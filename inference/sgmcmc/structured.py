@@ -34,6 +34,7 @@ from bayesnn.checks import check_fields, count, flag, fraction
 from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
+from bayesnn.inference.flat import unravel
 from bayesnn.inference.sgmcmc.chain import SGMCMC, SGMCMCState
 from bayesnn.inference.sgmcmc.control_variates import Gradient, plain
 from bayesnn.inference.sgmcmc.groups import Grouping, assign, check_grouping
@@ -63,8 +64,9 @@ class Structured(Configured):
             are close to the factorised law (the paper uses 0.1).
         num_masks: L of the dropout form; the gradient's noise falls with it. 16 in the paper's code.
         past_size: R, positions remembered of each chain, ``thinning`` steps apart; R x chains x parameters numbers.
-        independent_groups: a draw takes each group from a draw of its own of the same chain, as the paper does: under the
-            exact structured energy groups are independent anyway. False: the chain's positions as they are.
+        independent_groups: predictions take each group from a draw of its own of the same chain, as the paper's do: under
+            the exact structured energy groups are independent anyway. The posterior's parameters and diagnostics are the
+            chain's, in the order of time; what its ``draws`` gives (and a ``BNN`` predicts with) is mixed. False: nothing is.
 
     Raises:
         ValueError: if a count isn't positive, dropout isn't in (0, 1], the groups are unknown, or the base has control
@@ -151,15 +153,11 @@ class Structured(Configured):
     def result(
         self, target: Target, state: StructuredState, draws: dict[str, Tensor], infos: dict[str, Tensor]
     ) -> WeightPosterior:
-        """The base's, of draws whose groups were mixed."""
+        """The base's, with its groups, unless they are to stay together."""
+        posterior = self.base.result(target, state.base, draws, infos)
         if self.independent_groups:
-            own = torch.Generator()
-            own.set_state(state.stream)
-            position = draws["position"]  # (D, C, P)
-            num_groups = int(state.groups.max()) + 1
-            rows = torch.randint(len(position), (*position.shape[:2], num_groups), generator=own)
-            draws = {"position": position.gather(0, rows[:, :, state.groups])}
-        return self.base.result(target, state.base, draws, infos)
+            posterior.groups = unravel(state.groups.repeat(posterior.num_chains, 1), target.shapes())
+        return posterior
 
 
 def structured_gradient(

@@ -5,8 +5,21 @@ import torch
 from oracles import z_score
 
 from bayesnn import likelihoods, networks, priors
+from bayesnn.bnn import BNN
 from bayesnn.data import Data
-from bayesnn.inference import BAOAB, HMC, SGHMC, SGLD, DeepEnsemble, FunctionTarget, NetworkTarget, WarmStarted, run
+from bayesnn.inference import (
+    BAOAB,
+    HMC,
+    SGHMC,
+    SGLD,
+    DeepEnsemble,
+    FunctionTarget,
+    NetworkTarget,
+    Polynomial,
+    WarmStarted,
+    run,
+)
+from bayesnn.inference.parallel import concatenate
 from bayesnn.inference.sgmcmc.groups import assign
 from bayesnn.inference.sgmcmc.structured import Structured, structured_gradient
 
@@ -146,20 +159,82 @@ def test_the_ring_keeps_the_last_positions():
     assert int(seen[-1].num_written) == 8
 
 
-def test_draws_mix_groups_of_one_chain():
-    method = Structured(
-        SGLD(num_chains=2, num_burn_in=0, num_draws=40, thinning=1, step_size=0.05, batch_size=None), groups="parameter"
-    )
+def grouped(groups=(("x",),), step_size=0.05, **options):
+    settings = {"num_chains": 2, "num_burn_in": 0, "num_draws": 40, "thinning": 1, "batch_size": None}
+    method = Structured(SGLD(step_size=step_size, **(settings | options)), groups=groups)
     kept = []
     posterior = run(
         method, gaussian(), callbacks=[lambda index, state, info: kept.append(state.base.variables["position"])]
     )
-    chains = torch.stack(kept, 1)  # (C, D, P)
-    mixed = posterior.by_chain(posterior.parameters["x"])
-    for chain in range(2):
+    return posterior, torch.stack(kept, 1)  # (C, D, P)
+
+
+def test_parameters_and_diagnostics_are_the_chain_s():
+    slow = {"groups": "parameter", "step_size": 1e-4, "num_draws": 300}
+    posterior, chains = grouped(**slow)
+    assert torch.equal(posterior.by_chain(posterior.parameters["x"]), chains)
+    apart = torch.tensor([[0.0], [1.0]]).double().expand(2, 300).flatten()[:, None]  # the two chains, set apart
+    found = posterior.diagnostics(posterior.parameters["x"] + apart)
+    assert found["ess_bulk"] < 20 and found["r_hat"] > 2
+    assert torch.equal(torch.from_numpy(posterior.to_arviz().posterior["x"].values), chains)
+
+
+@pytest.mark.parametrize("num_draws", [80, 500, 20])
+def test_predictions_take_each_group_from_a_draw_of_its_own(num_draws):
+    posterior, chains = grouped(groups="parameter")
+    count = min(num_draws, 80)
+    mixed = posterior.draws(num_draws)
+    assert len(mixed) == count and mixed.log_weights is None
+    assert torch.equal(mixed.parameters["x"], posterior.draws(num_draws).parameters["x"])
+    values = mixed.parameters["x"].unflatten(0, (2, -1))
+    for own, chain in zip(values, chains, strict=True):
+        taken = chain[(torch.arange(count // 2) + 0.5).mul(80 / count).long()]  # evenly spaced
         for column in range(3):
-            assert set(mixed[chain, :, column].tolist()) <= set(chains[chain, :, column].tolist())
-    assert not any(bool((row == chains[0]).all(-1).any()) for row in mixed[0][:10])
+            assert own[:, column].sort().values.equal(taken[:, column].sort().values)
+    assert sum(bool((row == chains).all(-1).any()) for row in mixed.parameters["x"]) <= 3
+
+
+def test_groups_stay_together_if_they_are_one():
+    one, chains = grouped()
+    assert torch.equal(one.draws(80).parameters["x"].unflatten(0, (2, -1)).sort(1).values, chains.sort(1).values)
+    rows = {tuple(row) for row in chains.flatten(0, 1).tolist()}
+    assert {tuple(row) for row in one.draws(80).parameters["x"].tolist()} == rows
+
+
+def test_weighted_draws_are_mixed_by_weight():
+    posterior, chains = grouped(groups="parameter", step_size=Polynomial(0.5, gamma=1.0), num_draws=100)
+    weights = torch.softmax(posterior.log_weights, 0).unflatten(0, (2, -1))
+    torch.testing.assert_close(weights[0], 0.5 / torch.arange(1, 101).double() / (1 / torch.arange(1, 101)).sum())
+    mixed = posterior.draws(200)
+    assert mixed.log_weights is None
+    for own, chain, weight in zip(mixed.parameters["x"].unflatten(0, (2, -1)), chains, weights, strict=True):
+        for column in range(3):
+            counts = (own[:, column, None] == chain[:, column]).sum(0)
+            assert (counts - 200 * weight).abs().max() <= 1
+
+
+def test_a_saved_model_predicts_the_same(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.rand(30, 1, generator=generator, dtype=torch.float64)
+    base = SGHMC(num_chains=2, num_burn_in=20, num_draws=10, thinning=2, step_size=1e-3, batch_size=8)
+    model = BNN(networks.mlp(1, 1, hidden=(4,)), method=Structured(base)).fit(X, X.sin())
+    model.save(tmp_path / "model")
+    assert torch.equal(BNN.load(tmp_path / "model").predict(X).mean, model.predict(X).mean)
+    together = BNN(networks.mlp(1, 1, hidden=(4,)), method=Structured(base, independent_groups=False)).fit(X, X.sin())
+    assert torch.equal(
+        together.weights.parameters["network.layers.0.weight"], model.weights.parameters["network.layers.0.weight"]
+    )
+    assert not torch.equal(together.predict(X).mean, model.predict(X).mean)
+
+
+def test_separate_chains_keep_their_own_groups():
+    posteriors = [grouped(groups="parameter", num_chains=2)[0] for _ in range(2)]
+    posteriors[1].groups = {"x": torch.zeros(2, 3, dtype=torch.long)}
+    both = concatenate(posteriors)
+    assert both.groups["x"].tolist() == [[0, 1, 2]] * 2 + [[0] * 3] * 2
+    whole = {tuple(row) for row in both.parameters["x"].tolist()}
+    kept = [tuple(row) in whole for row in both.draws(160).parameters["x"].tolist()]
+    assert sum(kept[:80]) < 10 and all(kept[80:])
 
 
 class Stop(Exception):
