@@ -55,7 +55,7 @@ class Configured:
 
 
 def describe(value: Any) -> Any:
-    """Turn a value into JSON: numbers, strings, lists, dicts and :class:`Configured` objects.
+    """Turn a value into JSON: numbers, strings, lists, tuples, dicts and :class:`Configured` objects.
 
     Raises:
         TypeError: for anything else (a function, a user's own module): it cannot be saved without running code.
@@ -71,13 +71,15 @@ def describe(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [describe(item) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [describe(item) for item in value]}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: describe(item) for key, item in value.items()}}
     raise TypeError(
-        f"cannot save {value!r} of type {type(value).__name__}: only numbers, strings, lists, dicts and bayesnn's own "
-        "building blocks are written to a model file"
+        f"cannot save {value!r} of type {type(value).__name__}: only numbers, strings, lists, tuples, dicts and bayesnn's "
+        "own building blocks are written to a model file"
     )
 
 
@@ -96,6 +98,8 @@ def build(description: Any) -> Any:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"the file names {description['dtype']!r}, which is no torch dtype")
         return dtype
+    if "tuple" in description:
+        return tuple(build(item) for item in description["tuple"])
     if "dict" in description:
         return {key: build(item) for key, item in description["dict"].items()}
     name = description.get("class")
