@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count, fraction, positive
 from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
@@ -73,13 +74,11 @@ class DeepEnsemble(Configured):
     anchored: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_members", "num_steps", "learning_rate", "check_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 or None, found {self.batch_size}")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out must lie in [0, 1), found {self.held_out}")
+        check_fields(self, count, "num_members", "num_steps", "check_every")
+        check_fields(self, positive, "learning_rate")
+        check_fields(self, fraction, "held_out", interval="[0, 1)")
+        if self.batch_size is not None:
+            check_fields(self, count, "batch_size")
 
     def init(self, target: NetworkTarget, generator: torch.Generator) -> DeepEnsembleState:
         """Members at different initial points, each with its own held-out rows."""

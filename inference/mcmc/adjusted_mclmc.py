@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count
 from bayesnn.inference.flat import Density, fused
 from bayesnn.inference.mcmc.chain import ChainState, MarkovChain, MoveInfo, Point, accept
 from bayesnn.inference.mcmc.isokinetic import isokinetic_step, random_direction
@@ -23,6 +24,8 @@ from bayesnn.inference.target import Target
 @dataclass(frozen=True)
 class AdjustedMCLMC(MarkovChain):
     """Metropolis-adjusted microcanonical dynamics.
+
+    Its stationary law is exactly the target's: an error in the energy is corrected by rejections.
 
     Args:
         num_chains: chains, vectorised; 4 so that R-hat can be trusted.
@@ -43,8 +46,7 @@ class AdjustedMCLMC(MarkovChain):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_leapfrog < 1:
-            raise ValueError(f"num_leapfrog must be at least 1, found {self.num_leapfrog}")
+        check_fields(self, count, "num_leapfrog")
 
     def init(self, target: Target, generator: torch.Generator) -> ChainState:
         """Chains at the target's initial points."""

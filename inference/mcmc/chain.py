@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count, fraction, positive
 from bayesnn.configured import Configured
 from bayesnn.data import BayesnnWarning
 from bayesnn.inference.draws import WeightPosterior
@@ -80,15 +81,10 @@ class MarkovChain(Configured, ABC):
     mass: str = "diagonal"
 
     def __post_init__(self) -> None:
-        for name in ("num_chains", "num_draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.num_warmup < 0:
-            raise ValueError(f"num_warmup must be at least 0, found {self.num_warmup}")
-        if not 0 < self.target_acceptance < 1:
-            raise ValueError(f"target_acceptance must lie in (0, 1), found {self.target_acceptance}")
-        if not self.initial_step_size > 0:
-            raise ValueError(f"initial_step_size must be positive, found {self.initial_step_size}")
+        check_fields(self, count, "num_chains", "num_draws")
+        check_fields(self, count, "num_warmup", least=0)
+        check_fields(self, fraction, "target_acceptance")
+        check_fields(self, positive, "initial_step_size")
         if self.mass not in MASSES:
             raise ValueError(f"mass must be one of {', '.join(map(repr, MASSES))}, found {self.mass!r}")
 

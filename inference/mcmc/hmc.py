@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count
 from bayesnn.inference.flat import Density, fused
 from bayesnn.inference.mcmc.chain import MarkovChain, MoveInfo, Point, accept
 from bayesnn.inference.mcmc.mass import Mass
@@ -26,6 +27,8 @@ from bayesnn.inference.mcmc.mass import Mass
 @dataclass(frozen=True)
 class HMC(MarkovChain):
     """Hamiltonian Monte Carlo.
+
+    Its stationary law is exactly the target's: an error in the energy is corrected by rejections.
 
     Args:
         num_chains: chains, vectorised; 4 so that R-hat can be trusted.
@@ -44,8 +47,7 @@ class HMC(MarkovChain):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_leapfrog < 1:
-            raise ValueError(f"num_leapfrog must be at least 1, found {self.num_leapfrog}")
+        check_fields(self, count, "num_leapfrog")
 
     def move(
         self, density: Density, point: Point, step_size: Tensor, mass: Mass, generator: torch.Generator

@@ -24,6 +24,8 @@ from bayesnn.inference.mcmc.mass import Mass
 class MALA(MarkovChain):
     """The Metropolis-adjusted Langevin algorithm.
 
+    Its stationary law is exactly the target's: discretised Langevin steps are proposals, accepted or rejected.
+
     Args:
         num_chains: chains, vectorised.
         num_warmup: steps that adapt and are thrown away.

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count, positive
 from bayesnn.configured import Configured
 from bayesnn.data import BayesnnWarning
 from bayesnn.inference.draws import WeightPosterior
@@ -30,7 +31,6 @@ from bayesnn.inference.mcmc.chain import MAX_ENERGY_ERROR, Point, start, warn_of
 from bayesnn.inference.mcmc.isokinetic import isokinetic_step, random_direction, refresh
 from bayesnn.inference.mcmc.mass import Diagonal
 from bayesnn.inference.target import Target
-
 
 MAX_CHANGE = 1e10  # of a step size during warm-up, in either direction
 
@@ -92,6 +92,8 @@ class MCLMCInfo(NamedTuple):
 class MCLMC(Configured):
     r"""Unadjusted microcanonical Langevin Monte Carlo.
 
+    Its stationary law is the target's up to a bias that falls with ``energy_error_variance``.
+
     Args:
         num_chains: chains, vectorised; 4 so that R-hat can be trusted.
         num_warmup: draws that adapt and are thrown away.
@@ -117,14 +119,9 @@ class MCLMC(Configured):
     initial_step_size: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("num_chains", "num_draws", "thinning"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.num_warmup < 0:
-            raise ValueError(f"num_warmup must be at least 0, found {self.num_warmup}")
-        for name in ("energy_error_variance", "decoherence", "initial_step_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        check_fields(self, count, "num_chains", "num_draws", "thinning")
+        check_fields(self, count, "num_warmup", least=0)
+        check_fields(self, positive, "energy_error_variance", "decoherence", "initial_step_size")
 
     @property
     def num_steps(self) -> int:
@@ -188,8 +185,8 @@ class MCLMC(Configured):
         if not bool(lost.any()):
             return
         message = (
-            f"{type(self).__name__}: no step size has the wanted energy error in {int(lost.sum())} of {self.num_chains} chains "
-            f"(found {float(step_size[lost][0]):.3g} after warm-up). The log density is flat or linear where they are (is it "
+            f"{type(self).__name__}: no step size has the wanted energy error in {int(lost.sum())} of {self.num_chains} "
+            f"chains (found {float(step_size[lost][0]):.3g} after warm-up). The log density is flat or linear there (is it "
             "proper?), or isn't smooth: change the model, or begin elsewhere"
         )
         if bool(lost.all()):

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count
 from bayesnn.inference.flat import Density, fused
 from bayesnn.inference.mcmc.chain import MAX_ENERGY_ERROR, MarkovChain, MoveInfo, Point
 from bayesnn.inference.mcmc.hmc import leapfrog_step
@@ -31,6 +32,8 @@ from bayesnn.inference.mcmc.mass import Mass
 @dataclass(frozen=True)
 class NUTS(MarkovChain):
     """The No-U-Turn sampler.
+
+    Its stationary law is exactly the target's: an error in the energy is corrected by the weights of a trajectory's points.
 
     Args:
         num_chains: chains, vectorised; 4 so that R-hat can be trusted.
@@ -49,8 +52,7 @@ class NUTS(MarkovChain):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_depth < 1:
-            raise ValueError(f"max_depth must be at least 1, found {self.max_depth}")
+        check_fields(self, count, "max_depth")
 
     def move(
         self, density: Density, point: Point, step_size: Tensor, mass: Mass, generator: torch.Generator

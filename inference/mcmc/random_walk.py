@@ -20,6 +20,8 @@ from bayesnn.inference.mcmc.mass import Mass
 class RandomWalk(MarkovChain):
     """Random-walk Metropolis; it needs some P steps where HMC needs one.
 
+    Its stationary law is exactly the target's.
+
     Args:
         num_chains: chains, vectorised.
         num_warmup: steps that adapt and are thrown away.

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bayesnn.checks import check_fields, count, positive
 from bayesnn.configured import Configured
 from bayesnn.data import Data, minibatch
 from bayesnn.inference.draws import WeightPosterior
@@ -72,11 +73,10 @@ class MeanField(Configured):
     initial_std: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "learning_rate", "num_samples", "num_draws", "initial_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 or None, found {self.batch_size}")
+        check_fields(self, count, "num_steps", "num_samples", "num_draws")
+        check_fields(self, positive, "learning_rate", "initial_std")
+        if self.batch_size is not None:
+            check_fields(self, count, "batch_size")
 
     def init(self, target: NetworkTarget, generator: torch.Generator) -> MeanFieldState:
         """Means at the target's initial point, small standard deviations."""
