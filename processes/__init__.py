@@ -3,5 +3,6 @@
 from bayesnn.processes.gaussian import NNGP
 from bayesnn.processes.neural import ConditionalNeuralProcess
 from bayesnn.processes.student_t import StudentTProcess
+from bayesnn.processes.variational_student_t import VariationalStudentTProcess
 
-__all__ = ["NNGP", "ConditionalNeuralProcess", "StudentTProcess"]
+__all__ = ["NNGP", "ConditionalNeuralProcess", "StudentTProcess", "VariationalStudentTProcess"]

@@ -193,7 +193,7 @@ def importance_sample(
     The uniforms behind the draws are stratified. For a law that is an inverse gamma the result is exact: equal weights and
     the closed-form evidence. For others the proposal's a is at most the law's tail index, so that weights stay bounded for
     large s, and its b at most :math:`d^2/4`, so that their variance is finite for small s. Without data the draws come
-    from the law itself. The log evidence is differentiable in ``squared_distance`` and ``log_det`` at fixed draws.
+    from the law itself. Everything is differentiable in ``squared_distance`` and ``log_det`` at fixed uniforms.
 
     Args:
         law: H.
@@ -217,7 +217,7 @@ def importance_sample(
         equal = torch.full_like(uniforms, -math.log(num_draws))
         effective = torch.full_like(squared_distance, num_draws)
         return WeightedVariances(law.icdf(uniforms), equal, torch.zeros_like(squared_distance), effective)
-    distance = squared_distance.detach().clamp_min(torch.finfo(squared_distance.dtype).tiny)
+    distance = squared_distance.clamp_min(torch.finfo(squared_distance.dtype).tiny)
     if proposal is None and not isinstance(law, InverseGamma):
         # The median of the law sets the scale of b; half of it is about the mode of 1/s (our choice).
         median = law.icdf(uniforms.new_tensor(0.5))
