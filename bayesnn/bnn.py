@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from bayesnn.data import BayesnnWarning, Data
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles.deep import DeepEnsemble
-from bayesnn.inference.flat import unravel
 from bayesnn.inference.mcmc.hmc import HMC
 from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.partial import Stochastic, partial_target, stochastic_names
-from bayesnn.inference.run import Method, run
-from bayesnn.inference.target import Parameters
+from bayesnn.inference.run import Method, check_method, run
 from bayesnn.inference.vi.mean_field import MeanField
 from bayesnn.likelihoods import Likelihood
 from bayesnn.model import Model
@@ -49,6 +47,7 @@ class BNN(Model):
         scale_inputs: standardise the columns of X.
 
     Raises:
+        TypeError: if the method isn't one.
         ValueError: if max_draws or the temperature isn't positive; at fit, if the network uses batch statistics or random
             numbers, or has the wrong number of outputs, or ``stochastic`` names none of its parameters.
     """
@@ -72,6 +71,7 @@ class BNN(Model):
         self.network = network
         self.prior = Normal() if prior is None else prior
         self.method = HMC() if method is None else method
+        check_method(self.method)
         self.max_draws, self.temperature, self.stochastic = max_draws, temperature, stochastic
         self._weights: WeightPosterior
         self._answering: WeightPosterior
@@ -84,7 +84,7 @@ class BNN(Model):
             learning, options = _two_runs(options)
             learned = run(DeepEnsemble(num_members=1, held_out=0.0), target, **learning).parameters
             target = partial_target(target, names, {name: value[0] for name, value in learned.items()})
-        self._take(target, run(self.method, target, watch=_some_functions(target), **options).completed(target.frozen))
+        self._take(target, run(self.method, target, **options).completed(target.frozen))
 
     def _target(self, data: Data, outcome_scale: Tensor) -> NetworkTarget:
         network = self.network
@@ -191,17 +191,6 @@ class BNN(Model):
                 parts["groups"],
             ),
         )
-
-
-def _some_functions(target: NetworkTarget) -> Callable[[Parameters], Tensor]:
-    """Of a sampler's draw, each chain's function values at eight of the inputs, (C, 8 p)."""
-    places = torch.linspace(0, len(target.data) - 1, min(8, len(target.data))).long()
-
-    def values(draw: Parameters) -> Tensor:
-        with torch.no_grad():
-            return target.functions(unravel(draw["position"], target.shapes()), target.data.X[places]).flatten(1)
-
-    return values
 
 
 def _two_runs(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

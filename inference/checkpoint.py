@@ -7,7 +7,9 @@ complete.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor
 from bayesnn.files import flatten, read_tensors, unflatten, write_tensors
 from bayesnn.inference.trace import Trace
 
-FORMAT = 2
+FORMAT = 3
+CLOSE = 1e-4
+"""Log densities this close are the same: above the rounding of float32 in another order."""
 Draws = dict[str, Tensor]
 
 
@@ -34,6 +38,12 @@ class Kept:
         self.new.append(draw)
         self.num_draws += 1
 
+    def parts(self) -> Iterator[Draws]:
+        """The draws in memory one by one, stacked; each leaves it when it's taken."""
+        for index, draw in enumerate(self.new):
+            self.new[index] = {}
+            yield stack([draw])
+
 
 class Checkpoint:
     """Where a run is saved.
@@ -44,12 +54,23 @@ class Checkpoint:
 
     Raises:
         ValueError: if there is a file where the folder should be.
+        OSError: if the folder can't be made, or not be written to.
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = Path(folder), identity | {"format": FORMAT}
+        self.folder, self.identity = Path(folder), {"format": FORMAT} | identity
         if self.folder.is_file():
             raise ValueError(f"checkpoint must be a folder, found a file: {str(folder)!r}")
+        if not self.exists:
+            self._require_writable()
+
+    def _require_writable(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(f"can't write to the checkpoint's folder {str(self.folder)!r}: {error}") from error
 
     @property
     def exists(self) -> bool:
@@ -67,7 +88,7 @@ class Checkpoint:
         """Save all that the run needs to go on after this many steps; written draws leave the memory.
 
         Raises:
-            OSError: if the disk is full or can't be written; the checkpoint before is intact.
+            OSError: if the disk is full or can't be written; the checkpoint before, if there is one, is intact.
         """
         tensors = {"generator": generator.get_state()} | flatten(state, "state") | trace.tensors()
         num_files = kept.num_files + bool(kept.new)
@@ -82,9 +103,10 @@ class Checkpoint:
                 write_tensors(self._draws(kept.num_files), stack(kept.new), {"format": FORMAT})
             write_tensors(self._state, tensors, description)
         except (OSError, SafetensorError) as error:
+            before = "The one before is intact: make room, and run again to go on from it"
             raise OSError(
-                f"can't write the checkpoint after step {step} to {str(self.folder)!r}: {error}. The one before is intact: "
-                "make room, and run again to go on from it"
+                f"can't write the checkpoint after step {step} to {str(self.folder)!r}: {error}. "
+                + (before if self.exists else "It was the first: nothing is saved")
             ) from error
         kept.num_files, kept.new = num_files, []
 
@@ -92,24 +114,40 @@ class Checkpoint:
         """Restore a run: the state, in the form of the given one, and the number of steps behind it.
 
         Raises:
-            ValueError: if the checkpoint belongs to another method, target, seed or format, or is damaged.
+            ValueError: if the checkpoint belongs to another method, target, seed or format, is damaged, or lacks draws.
         """
         tensors, description = read_tensors(self._state)
         for key, value in self.identity.items():
-            if description.get(key) != value:
+            if not _same(description.get(key), value):
                 raise ValueError(
                     f"checkpoint {str(self.folder)!r} belongs to another run: its {key} is {description.get(key)!r}, "
                     f"this run's is {value!r}. Use another folder, or delete this one to start afresh."
                 )
+        num_files = int(description["num_files"])
+        missing = [path.name for path in map(self._draws, range(num_files)) if not path.is_file()]
+        if missing:
+            raise ValueError(
+                f"checkpoint {str(self.folder)!r} lacks {len(missing)} of its {num_files} files of draws "
+                f"({missing[0]}{' …' if len(missing) > 1 else ''}): put them back, or delete the folder to start afresh"
+            )
         generator.set_state(tensors["generator"])
         trace.restore(tensors, int(description["block"]))
-        kept.num_draws, kept.num_files = int(description["num_draws"]), int(description["num_files"])
+        kept.num_draws, kept.num_files = int(description["num_draws"]), num_files
         return unflatten(tensors, state, "state"), int(description["step"])
 
-    def read_draws(self, kept: Kept) -> Draws:
-        """All draws, stacked."""
-        parts = [read_tensors(self._draws(index))[0] for index in range(kept.num_files)]
-        return concatenate([*parts, stack(kept.new)])
+    def parts(self, kept: Kept) -> Iterator[Draws]:
+        """All draws, stacked: a file at a time, then those in memory."""
+        for index in range(kept.num_files):
+            yield read_tensors(self._draws(index))[0]
+        yield from kept.parts()
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Equality of JSON, up to rounding in lists of numbers."""
+    if not (isinstance(found, list) and isinstance(wanted, list) and all(isinstance(x, float) for x in found + wanted)):
+        return bool(found == wanted)
+    first, second = (torch.tensor(numbers, dtype=torch.float64) for numbers in (found, wanted))
+    return len(first) == len(second) and torch.allclose(first, second, rtol=CLOSE, atol=CLOSE, equal_nan=True)
 
 
 def stack(steps: list[Draws]) -> Draws:
@@ -117,7 +155,23 @@ def stack(steps: list[Draws]) -> Draws:
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]} if steps else {}
 
 
-def concatenate(parts: list[Draws]) -> Draws:
-    """Stacked dicts one after the other."""
-    parts = [part for part in parts if part]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+def assemble(parts: Iterable[Draws], num_draws: int) -> Draws:
+    """Stacked dicts one after the other; no more than one part is in memory twice.
+
+    A draw's first dimension, the chains, comes first in memory, so that taking the draws chain by chain copies nothing.
+    """
+    whole: Draws = {}
+    start = 0
+    for part in parts:
+        for name, values in part.items():
+            if name not in whole:
+                whole[name] = _empty(num_draws, values)
+            whole[name][start : start + len(values)] = values
+        start += len(next(iter(part.values())))
+    return whole
+
+
+def _empty(num_draws: int, like: Tensor) -> Tensor:
+    if like.dim() == 1:
+        return like.new_empty(num_draws)
+    return like.new_empty(like.shape[1], num_draws, *like.shape[2:]).transpose(0, 1)

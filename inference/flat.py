@@ -72,7 +72,7 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
     if compiled is not None:
         return compiled(position, batch)
     leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
-    with torch.enable_grad(), _without_validation():
+    with torch.enable_grad(), without_validation():
         value = without_gaussian_prior(target, leaves, batch)
         # Zero for a parameter that the network doesn't use.
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
@@ -81,7 +81,8 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
 
 
 @contextmanager
-def _without_validation() -> Iterator[None]:
+def without_validation() -> Iterator[None]:
+    """Within it, distributions don't check their arguments."""
     # A trajectory that diverges asks for a density at NaN, or with a scale of zero: a move to reject, not an error.
     previous = Distribution._validate_args
     Distribution.set_default_validate_args(False)
@@ -131,7 +132,7 @@ def log_joint(target: Target, position: Tensor, log_likelihood: Callable[[Parame
     parts = []
     for function in (target.log_prior, log_likelihood):
         leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
-        with torch.enable_grad(), _without_validation():
+        with torch.enable_grad(), without_validation():
             value = function(leaves)
             if not value.requires_grad:  # a constant
                 parts.append((value, torch.zeros_like(position)))

@@ -21,8 +21,7 @@ class FunctionTarget:
     """A plain log density as a target.
 
     Points are dicts of tensors (C, …), or plain tensors (C, …); then the draws are ``parameters["position"]``. What a
-    function computes can't be told from outside, so that it has no fingerprint: a checkpoint of another function with the
-    same method is taken for its own.
+    function computes can't be told from outside: a checkpoint knows it by its values at two points.
 
     Args:
         log_density: from C points to (C,). With ``sample_prior``, the log-likelihood alone.

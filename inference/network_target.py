@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayesnn.data import Data
 from bayesnn.files import fingerprint
+from bayesnn.inference.flat import unravel
 from bayesnn.inference.members import NETWORK, apply_network, check_members, check_network, network_parameters
 from bayesnn.inference.target import FlatGaussian, Parameters
 from bayesnn.likelihoods import Likelihood, ParameterPrior
@@ -163,6 +164,12 @@ class NetworkTarget:
     def functions(self, parameters: Parameters, X: Tensor) -> Tensor:
         """The latent function values at scaled inputs X (q, d), (C, q, p)."""
         return apply_network(self.network, network_parameters(parameters), X, self._frozen_network)
+
+    def watched(self, position: Tensor) -> Tensor:
+        """Each chain's function values at up to eight training inputs, (C, 8 p), of positions (C, P)."""
+        places = torch.linspace(0, len(self.data) - 1, min(8, len(self.data))).long()
+        with torch.no_grad():
+            return self.functions(unravel(position, self.shapes()), self.data.X[places]).flatten(1)
 
     def likelihood_parameters(self, parameters: Parameters) -> Parameters:
         """The likelihood's parameters by their short names, fixed ones included."""

@@ -1,6 +1,6 @@
 """The one loop: every sampler, optimiser and meta-training goes through :func:`run`.
 
-A method is a frozen dataclass of hyperparameters with four functions. States and infos are named tuples of
+A method is an object (a frozen dataclass of hyperparameters, say) with four functions. States and infos are named tuples of
 tensors (dicts and named tuples nest), so that one loop can checkpoint and resume any of them.
 """
 
@@ -12,19 +12,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bayesnn.checks import count, positive
 from bayesnn.configured import describe
 from bayesnn.files import flatten
-from bayesnn.inference.checkpoint import Checkpoint, Draws, Kept, stack
+from bayesnn.inference.checkpoint import Checkpoint, Draws, Kept, assemble
 from bayesnn.inference.ess import effective_sample_size
+from bayesnn.inference.probe import probe
 from bayesnn.inference.trace import Trace
 
 Callback = Callable[[int, Any, Any], None]
+Watch = Callable[[Draws], Tensor]
 
 
 class Method(Protocol):
@@ -47,7 +51,7 @@ class Method(Protocol):
         ...
 
     def keep(self, state: Any, index: int) -> dict[str, Tensor] | None:
-        """What of the state after step ``index`` is a draw worth keeping, or None."""
+        """What of the state after step ``index`` is a draw worth keeping, or None; which of them, the index alone decides."""
         ...
 
     def result(self, target: Any, state: Any, draws: dict[str, Tensor], infos: dict[str, Tensor]) -> Any:
@@ -70,13 +74,17 @@ def run(
     checkpoint_every: int = 100,
     time_budget: float | None = None,
     target_ess: float | None = None,
-    watch: Callable[[Draws], Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> Any:
     """Run a method on a target and return its result.
 
+    Ctrl-C lets the step under way finish, writes the checkpoint and raises KeyboardInterrupt; a second one doesn't wait. If
+    that step was the last, the result is returned as if nothing had happened.
+
     Args:
         method: the algorithm and its hyperparameters.
-        target: what it works on; its ``fingerprint`` (a string), where it has one, ties a checkpoint to its data.
+        target: what it works on; a checkpoint is tied to its parameters and its log density at two points, and to its
+            ``fingerprint`` (a string), where it has one.
         seed: seeds the one generator that every random draw of the run comes from.
         progress: show a progress bar with the method's infos, and the effective sample size of what is watched.
         callbacks: each is called as ``callback(index, state, info)`` after every step.
@@ -86,28 +94,38 @@ def run(
         checkpoint_every: steps between two writes.
         time_budget: seconds after which the run ends with the draws that it has. With a checkpoint, another run goes on.
         target_ess: end as soon as the smallest effective sample size of what is watched reaches this.
-        watch: of a draw (what the method's ``keep`` gives), the values (C, k) whose effective sample size counts; by default
-            eight evenly spaced parameters. For networks, watch function values: weights have permutation symmetries.
+        watch: of a draw (what the method's ``keep`` gives), the values (C, k) whose effective sample size counts. By default
+            what the target's ``watched(position)`` gives of positions (C, P), where it has one (networks: function values, for
+            weights have permutation symmetries), else eight evenly spaced parameters.
 
     Raises:
-        ValueError: if the checkpoint belongs to another method, target or seed, or a budget isn't positive.
+        TypeError: if the method isn't one, or a checkpoint is wanted of one that can't be described.
+        ValueError: if the checkpoint belongs to another method, target or seed, or is damaged; if ``checkpoint_every`` or a
+            budget isn't positive, or an effective sample size is wanted of a method that keeps no draws.
         OSError: if the checkpoint can't be written; the one before stays.
-        TimeoutError: if the time is up before the first draw.
+        TimeoutError: if the time is up before there is a result: before the first draw, or for a method with a ``finished``
+            before that.
     """
+    check_method(method)
+    checkpoint_every = count("checkpoint_every", checkpoint_every)
     for name, value in (("time_budget", time_budget), ("target_ess", target_ess)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive or None, found {value}")
+        if value is not None:
+            positive(name, value)
     began = time.monotonic()
+    saved = None if checkpoint is None else Checkpoint(checkpoint, _identity(method, target, seed))
     generator = torch.Generator().manual_seed(seed)
     state = method.init(target, generator)
-    identity = {"method": describe(method), "target": getattr(target, "fingerprint", ""), "seed": seed}
-    saved = None if checkpoint is None else Checkpoint(checkpoint, identity)
+    if target_ess is not None and not _keeps_draws(method, state):
+        raise ValueError(
+            f"target_ess needs a method that keeps draws on its way, and {type(method).__name__} keeps none"
+        )
     trace, kept, start = Trace(max(1, method.num_steps // 1000)), Kept(), 0
     if saved is not None and saved.exists:
         state, start = saved.read(state, generator, trace, kept)
-    watched = _Watched(watch) if progress or target_ess is not None else None
-    if watched is not None and saved is not None and kept.num_draws:
-        watched.restore(saved.read_draws(kept))
+    watched = _Watched(watch or _default_watch(target)) if progress or target_ess is not None else None
+    if watched is not None and saved is not None:
+        for part in saved.parts(kept):
+            watched.restore(part)
     finished: Callable[[Any], bool] | None = getattr(method, "finished", None)
     done = finished is not None and start > 0 and finished(state)
     late, enough = False, target_ess is not None and watched is not None and watched.reached(target_ess)
@@ -124,33 +142,67 @@ def run(
                     watched.add(draw)
             for callback in callbacks:
                 callback(index, state, info)
-            late = time_budget is not None and time.monotonic() - began > time_budget
+            done = index + 1 == method.num_steps or (finished is not None and finished(state))
+            late = not done and time_budget is not None and time.monotonic() - began > time_budget
             enough = target_ess is not None and watched is not None and watched.reached(target_ess)
-            last = index + 1 == method.num_steps or late or enough or (finished is not None and finished(state))
+            last = done or late or enough
             if saved is not None and (last or interrupted() or (index + 1) % checkpoint_every == 0):
                 saved.write(index + 1, state, generator, trace, kept)
             if interrupted() and not last:
-                raise KeyboardInterrupt(f"stopped after step {index + 1} of {method.num_steps}")
+                raise KeyboardInterrupt(
+                    f"stopped after step {index + 1} of {method.num_steps}; "
+                    + (
+                        f"without a checkpoint, so that its {kept.num_draws} draws are lost"
+                        if saved is None
+                        else "another run goes on from the checkpoint"
+                    )
+                )
             if progress and (last or index % 10 == 0):
                 bar.set_postfix(_postfix(flatten(info), watched))
             bar.update()
             if last:
                 break
-    if not kept.num_draws and late and method.keep(state, method.num_steps - 1) is not None:
+    if late and not kept.num_draws and (finished is not None or _keeps_draws(method, state)):
         raise TimeoutError(
-            f"time_budget of {time_budget:g} s was over at step {index + 1} of {method.num_steps}, before the first draw: "
-            "give more time, or fewer steps of warm-up"
+            f"time_budget of {time_budget:g} s was over at step {index + 1} of {method.num_steps}, before "
+            + (
+                "the first draw: give more time, or fewer steps of warm-up"
+                if finished is None
+                else "the end: give more time"
+            )
             + ("" if saved is None else "; another run goes on from the checkpoint")
         )
-    draws = stack(kept.new) if saved is None else saved.read_draws(kept)
+    draws = assemble(kept.parts() if saved is None else saved.parts(kept), kept.num_draws)
     return method.result(target, state, draws, trace.stacked(with_block=not kept.num_draws))
+
+
+def check_method(method: Any) -> None:
+    """Raise TypeError for what isn't a method, such as a method's class or name."""
+    if isinstance(method, type) or not hasattr(method, "step"):
+        found = f"the class {method.__name__}: write {method.__name__}()" if isinstance(method, type) else repr(method)
+        raise TypeError(f"method must be an object such as HMC(), found {found}")
+
+
+def _identity(method: Method, target: Any, seed: int) -> dict[str, Any]:
+    try:
+        description = describe(method)
+    except TypeError as error:
+        raise TypeError(
+            f"a checkpoint needs a method that can be described in it: derive {type(method).__name__} from "
+            f"bayesnn.configured.Configured, or run it without one ({error})"
+        ) from error
+    return {"method": description, "target": getattr(target, "fingerprint", ""), "seed": seed} | probe(target)
+
+
+def _keeps_draws(method: Method, state: Any) -> bool:
+    return any(method.keep(state, index) is not None for index in reversed(range(method.num_steps)))
 
 
 class _Watched:
     """Some values of every draw, for the effective sample size."""
 
-    def __init__(self, watch: Callable[[Draws], Tensor] | None) -> None:
-        self._watch = watch or _some_parameters
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
         self._values: list[Tensor] = []
         self.size = float("nan")
 
@@ -170,6 +222,13 @@ class _Watched:
         return self.size >= size
 
 
+def _default_watch(target: Any) -> Watch:
+    watched: Callable[[Tensor], Tensor] | None = getattr(target, "watched", None)
+    if watched is None:
+        return _some_parameters
+    return lambda draw: watched(draw["position"]) if "position" in draw else _some_parameters(draw)
+
+
 def _some_parameters(draw: Draws) -> Tensor:
     values = next(iter(draw.values()))
     flat = values.reshape(len(values), -1)
@@ -183,12 +242,21 @@ def _postfix(info: dict[str, Tensor], watched: _Watched | None) -> dict[str, str
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the step under way finish when Ctrl-C comes, so that the checkpoint is one from between two steps."""
+    """Let the step under way finish when Ctrl-C comes, so that the checkpoint is one from between two steps.
+
+    A second Ctrl-C doesn't wait.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     received: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            signal.default_int_handler(number, frame)
+        received.append(number)
+
+    previous = signal.signal(signal.SIGINT, receive)
     try:
         yield lambda: bool(received)
     finally:

@@ -103,6 +103,12 @@ def outcomes(kind, X, Y):
     }[kind]
 
 
+@pytest.mark.parametrize("method", [HMC, "hmc"])
+def test_what_is_no_method(method):
+    with pytest.raises(TypeError, match=r"method must be an object such as HMC\(\), found"):
+        BNN(method=method)
+
+
 @each_method
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_every_likelihood_with_every_method(method, name, tmp_path):

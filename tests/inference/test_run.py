@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import arviz
+import pyro
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from bayesnn import likelihoods, networks, priors
 from bayesnn.bnn import BNN
 from bayesnn.configured import Configured
 from bayesnn.data import Data
-from bayesnn.inference import HMC, DeepEnsemble, FunctionTarget, MeanField, NetworkTarget, run
+from bayesnn.inference import HMC, SMC, DeepEnsemble, FunctionTarget, MeanField, NetworkTarget, run
+from bayesnn.inference.flat import ravel
+from bayesnn.inference.pyro_models import PyroTarget
+from bayesnn.inference.warm_start import StartingAt
 
 METHODS = {
     "hmc": HMC(num_chains=2, num_warmup=20, num_draws=20, num_leapfrog=4),
@@ -154,6 +158,84 @@ def test_a_checkpoint_of_another_run_is_refused(changes, what, tmp_path):
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
+def normal_target(dimension=3, dtype=torch.float64, variance=1.0, shift=0.0, with_prior=True):
+    def sample(count, generator):
+        return {"x": torch.zeros(count, dimension, dtype=dtype)}
+
+    def log_likelihood(p):
+        return -0.5 * (p["x"] - shift).square().sum(-1) / variance
+
+    prior = {"log_prior": lambda p: -0.5 * p["x"].square().sum(-1), "sample_prior": sample} if with_prior else {}
+    return FunctionTarget(log_likelihood, sample, **prior)
+
+
+def powered(power):
+    class Power(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.power = torch.nn.Linear(2, 1), power
+
+        def forward(self, X):
+            return self.linear(X) ** self.power
+
+    return target(network=Power())
+
+
+def pyro_target(scale):
+    return PyroTarget(lambda: pyro.sample("x", pyro.distributions.Normal(torch.zeros(3).double(), scale).to_event(1)))
+
+
+OTHER_TARGETS = {
+    "dimension": (normal_target(), normal_target(dimension=2), "parameters"),
+    "dtype": (normal_target(), normal_target(dtype=torch.float32), "parameters"),
+    "variance": (normal_target(), normal_target(variance=1.01), "log density at two points"),
+    "shift": (normal_target(), normal_target(shift=0.01), "log density at two points"),
+    "prior": (normal_target(), normal_target(with_prior=False), "log density at two points"),
+    "attribute of a module": (powered(1), powered(2), "log density at two points"),
+    "pyro": (pyro_target(1.0), pyro_target(1.1), "log density at two points"),
+    "starting points": (
+        *(StartingAt(normal_target(), {"x": torch.full((2, 3), x).double()}) for x in (0.0, 1.0)),
+        "target",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TARGETS)
+def test_a_checkpoint_of_another_density_is_refused(name, tmp_path):
+    own, other, what = OTHER_TARGETS[name]
+    run(METHODS["hmc"], own, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=f"belongs to another run: its {what} is"):
+        run(METHODS["hmc"], other, checkpoint=tmp_path)
+    run(METHODS["hmc"], own, checkpoint=tmp_path)
+
+
+def test_another_order_of_rounding_is_no_other_target(tmp_path, monkeypatch):
+    own = target(dtype=torch.float32)
+    run(METHODS["hmc"], own, checkpoint=tmp_path)
+    exact = own.log_likelihood
+    monkeypatch.setattr(own, "log_likelihood", lambda *arguments: exact(*arguments) * (1 + 1e-6))
+    run(METHODS["hmc"], own, checkpoint=tmp_path)
+
+
+class FourFunctions:
+    """A method by its functions alone."""
+
+    num_steps = 10
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    init, step, keep, result = Count.init, Count.step, Count.keep, Count.result
+
+
+def test_a_method_is_four_functions(tmp_path):
+    state, draws, _ = run(FourFunctions(lambda x: x), None)
+    assert torch.equal(state.total, run(Count(), None)[0].total) and len(draws["total"]) == 5
+    with pytest.raises(TypeError, match=r"derive FourFunctions from bayesnn.configured.Configured"):
+        run(FourFunctions(lambda x: x), None, checkpoint=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     for name in ("state", "draws-000000"):
         path = tmp_path / name
@@ -281,6 +363,90 @@ def test_a_killed_process_loses_nothing_but_time(tmp_path):
         torch.set_num_threads(num_threads)
 
 
+def test_a_second_interrupt_does_not_wait():
+    def interrupt(index, state, info):
+        if index == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            pytest.fail("the step went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Count(), None, callbacks=[interrupt])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("index", [5, 9])
+def test_an_interrupt_without_a_checkpoint(index):
+    def interrupt(now, state, info):
+        if now == index:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    if index == 9:  # the last step: here is the result
+        assert len(run(Count(), None, callbacks=[interrupt])[1]["total"]) == 5
+        return
+    with pytest.raises(
+        KeyboardInterrupt, match=r"after step 6 of 10; without a checkpoint, so that its 3 draws are lost"
+    ):
+        run(Count(), None, callbacks=[interrupt])
+
+
+def test_missing_draws_are_found_before_the_run_goes_on(tmp_path):
+    with pytest.raises(Stop):
+        run(Count(), None, checkpoint=tmp_path, checkpoint_every=2, callbacks=[stop_after(9)])
+    (tmp_path / "draws-000001.safetensors").unlink()
+    steps = []
+    with pytest.raises(ValueError, match=r"lacks 1 of its 4 files of draws \(draws-000001.safetensors\)"):
+        run(Count(), None, checkpoint=tmp_path, callbacks=[lambda index, state, info: steps.append(index)])
+    assert steps == []
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_run(tmp_path):
+    (tmp_path / "file").touch()
+    steps = []
+    with pytest.raises(OSError, match="can't write to the checkpoint's folder"):
+        run(Count(), None, checkpoint=tmp_path / "file/run", callbacks=[lambda *step: steps.append(step)])
+    assert steps == []
+
+
+def test_a_full_disk_at_the_first_checkpoint(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bayesnn.inference.checkpoint.write_tensors", full)
+    with pytest.raises(OSError, match=r"No space left on device\. It was the first: nothing is saved"):
+        run(Count(), None, checkpoint=tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_steps_between_checkpoints(value, tmp_path):
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
+        run(Count(), None, checkpoint=tmp_path / "run", checkpoint_every=value)
+
+
+@pytest.mark.parametrize("method", [HMC, "hmc", None])
+def test_what_is_no_method(method):
+    with pytest.raises(TypeError, match=r"method must be an object such as HMC\(\), found"):
+        run(method, target())
+
+
+def test_draws_are_in_memory_once(tmp_path):
+    """Chain by chain they are a view of what was read, a file at a time."""
+
+    @dataclass(frozen=True)
+    class Large(Count):
+        def keep(self, state, index):
+            return {"position": torch.full((4, 100_000), float(index)), "scalar": torch.tensor(index)}
+
+    for folder in (None, tmp_path / "run"):
+        _, draws, _ = run(Large(num_steps=20), None, checkpoint=folder, checkpoint_every=3)
+        assert draws["position"].shape == (20, 4, 100_000) and draws["scalar"].tolist() == list(range(20))
+        assert torch.equal(draws["position"][:, 2, 7], torch.arange(20.0))
+        by_chain = draws["position"].transpose(0, 1).flatten(0, 1)
+        assert by_chain.data_ptr() == draws["position"].data_ptr()
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     from bayesnn.inference import checkpoint as module
 
@@ -330,6 +496,38 @@ def test_time_budget(tmp_path):
         run(HMC(num_warmup=100000), target(), time_budget=0.1)
     with pytest.raises(ValueError, match="time_budget must be positive"):
         run(method, target(), time_budget=0.0)
+
+
+def test_a_method_that_is_not_finished_in_time_has_no_result(tmp_path):
+    smc = SMC(num_particles=64, ess_fraction=0.9)
+    with pytest.raises(
+        TimeoutError, match=r"time_budget of 1e-09 s was over at step 1 .* before the end.*another run goes on"
+    ):
+        run(smc, target(), time_budget=1e-9, checkpoint=tmp_path)
+    assert torch.equal(*(run(smc, target(), **o).statistics["log_evidence"] for o in ({}, {"checkpoint": tmp_path})))
+    # One that can stop anywhere gives what it has.
+    assert len(run(METHODS["ensemble"], target(), time_budget=1e-9)) == 3
+
+
+@pytest.mark.parametrize("method", [METHODS["ensemble"], METHODS["mean-field"], SMC()])
+def test_an_effective_sample_size_of_no_draws(method):
+    with pytest.raises(
+        ValueError, match=f"target_ess needs a method that keeps draws .*{type(method).__name__} keeps none"
+    ):
+        run(method, target(), target_ess=10)
+
+
+def test_networks_are_watched_at_their_function_values():
+    own = target()
+    parameters = own.initial(3, torch.Generator())
+    expected = own.functions(parameters, own.data.X[[0, 2, 5, 8, 10, 13, 16, 19]]).squeeze(-1)
+    position = ravel(parameters, own.shapes())
+    torch.testing.assert_close(own.watched(position), expected)
+    # What is watched decides when the run ends.
+    generator = torch.Generator().manual_seed(0)
+    own.watched = lambda position: torch.randn(len(position), 2, generator=generator, dtype=torch.float64)
+    posterior = run(HMC(num_chains=2, num_warmup=5, num_draws=100, num_leapfrog=1), own, target_ess=20)
+    assert 20 <= len(posterior) // 2 < 60
 
 
 def test_target_ess(tmp_path):
