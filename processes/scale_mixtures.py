@@ -7,10 +7,9 @@ Yang and Lee 2022). For an inverse gamma :math:`H = IG(a, b)` everything is Stud
     p(y) = MVT_{2a}\!\left(y; 0, \tfrac{b}{a} C\right), \qquad
     s \mid y \sim IG\!\left(a + \tfrac n2, b + \tfrac12 y^\top C^{-1} y\right).
 
-For any other H, draws :math:`s_k` from that inverse gamma, with a and b of our choosing, get the weights
-:math:`w_k = H(s_k) / IG(s_k; a, b)`, since the Gaussian factors of target and proposal are the same:
+For any other H that inverse gamma, with a and b of our choosing, is a proposal q, and draws :math:`s_k` from it have weights:
 
-.. math:: p(y) \approx MVT_{2a}\!\left(y; 0, \tfrac{b}{a} C\right) \frac1S \sum_k w_k.
+.. math:: p(y) \approx \frac1S \sum_k w_k, \qquad w_k = H(s_k)\, N(y; 0, s_k C) / q(s_k).
 """
 
 from __future__ import annotations
@@ -65,6 +64,11 @@ class MixingLaw(Configured):
     def tail_index(self) -> float:
         """The t of H(s) ~ s^(-t-1) for large s; moments of f exist below 2t."""
 
+    @property
+    @abstractmethod
+    def head_index(self) -> float:
+        """The t of H(s) ~ s^(-t-1) for small s, a negative number."""
+
 
 @dataclass(frozen=True)
 class InverseGamma(MixingLaw):
@@ -97,6 +101,11 @@ class InverseGamma(MixingLaw):
         """a."""
         return self.shape
 
+    @property
+    def head_index(self) -> float:
+        """Minus infinity: the density vanishes faster than any power."""
+        return -math.inf
+
 
 @dataclass(frozen=True)
 class HalfCauchy(MixingLaw):
@@ -128,6 +137,11 @@ class HalfCauchy(MixingLaw):
     def tail_index(self) -> float:
         """1/2."""
         return 0.5
+
+    @property
+    def head_index(self) -> float:
+        """-1/2."""
+        return -0.5
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,11 @@ class BurrXII(MixingLaw):
         """c k."""
         return self.c * self.k
 
+    @property
+    def head_index(self) -> float:
+        """-c."""
+        return -self.c
+
 
 class WeightedVariances(NamedTuple):
     """Draws of the variance given data, and what they say of the data.
@@ -190,55 +209,71 @@ def importance_sample(
 ) -> WeightedVariances:
     r"""Draws from p(s | y) of y | s ~ N(0, s C) under a law of s, and log p(y): the equations above.
 
-    The uniforms behind the draws are stratified. For a law that is an inverse gamma the result is exact: equal weights and
-    the closed-form evidence. For others the proposal's a is at most the law's tail index, so that weights stay bounded for
-    large s, and its b at most :math:`d^2/4`, so that their variance is finite for small s. Without data the draws come
-    from the law itself. Everything is differentiable in ``squared_distance`` and ``log_det`` at fixed uniforms.
+    For a law that is an inverse gamma the result is exact: equal weights and the closed-form evidence. For others the
+    proposal is a mixture with equal shares (weights against the whole mixture: Veach and Guibas 1995) of the law itself,
+    which is near the posterior where data say little, and of the posteriors that power laws like H's two tails would give,
+    :math:`IG(t + n/2, d^2/2)` for :math:`H(s) \sim s^{-t-1}`; the one for large s has :math:`b = d^2/4` more at most. The
+    uniforms behind the draws are stratified.
+
+    Everything is differentiable in ``squared_distance`` and ``log_det`` at fixed uniforms.
 
     Args:
         law: H.
         squared_distance: :math:`d^2 = y^\top C^{-1} y`, (*batch).
         log_det: log determinant of C, (*batch).
-        size: n, the length of y.
+        size: n, the length of y; without data all draws come from the law.
         num_draws: S.
         generator: where randomness comes from.
-        proposal: its a and b before data; the default is above.
+        proposal: an a and b before data for all draws instead.
 
     Raises:
         ValueError: if num_draws isn't positive.
     """
     if num_draws < 1:
         raise ValueError(f"num_draws must be positive, found {num_draws}")
-    shape = (*squared_distance.shape, num_draws)
-    order = torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
-    jitter = torch.rand(shape, generator=generator, dtype=torch.float64)
-    uniforms = ((order + jitter) / num_draws).clamp(1e-15, 1 - 1e-15).to(squared_distance)
     if size == 0:
-        equal = torch.full_like(uniforms, -math.log(num_draws))
+        equal = squared_distance.new_full((*squared_distance.shape, num_draws), -math.log(num_draws))
         effective = torch.full_like(squared_distance, num_draws)
-        return WeightedVariances(law.icdf(uniforms), equal, torch.zeros_like(squared_distance), effective)
+        unseen = law.icdf(_strata(squared_distance, num_draws, generator))
+        return WeightedVariances(unseen, equal, torch.zeros_like(squared_distance), effective)
+    # Zero outcomes have no evidence under a law that doesn't vanish at 0; they get a large one.
     distance = squared_distance.clamp_min(torch.finfo(squared_distance.dtype).tiny)
-    if proposal is None and not isinstance(law, InverseGamma):
-        # The median of the law sets the scale of b; half of it is about the mode of 1/s (our choice).
-        median = law.icdf(uniforms.new_tensor(0.5))
-        a, b = uniforms.new_tensor(law.tail_index), torch.minimum(0.5 * median, 0.25 * distance)
+    before = law if proposal is None and isinstance(law, InverseGamma) else proposal
+    components: list[tuple[Tensor, Tensor]]  # a and b after the data
+    if before is not None:
+        components = [(distance.new_tensor(before.shape + size / 2), (before.scale + distance / 2).unsqueeze(-1))]
     else:
-        before = proposal if proposal is not None else law
-        assert isinstance(before, InverseGamma)
-        a, b = uniforms.new_tensor(before.shape), torch.full_like(distance, before.scale)
-    posterior_shape, posterior_scale = (a + size / 2).expand_as(distance).unsqueeze(-1), b + distance / 2
-    variances = posterior_scale.unsqueeze(-1) / _gamma_icdf(uniforms, posterior_shape)
-    log_gaussian = (
-        -0.5 * size * (2 * math.pi * variances).log()
-        - 0.5 * log_det.unsqueeze(-1)
-        - 0.5 * squared_distance.unsqueeze(-1) / variances
+        b = torch.minimum(0.5 * law.icdf(distance.new_tensor(0.5)), 0.25 * distance)
+        components = [(distance.new_tensor(law.tail_index + size / 2), (b + distance / 2).unsqueeze(-1))]
+        if law.head_index + size / 2 > 0:
+            components.append((distance.new_tensor(law.head_index + size / 2), (distance / 2).unsqueeze(-1)))
+    parts = len(components) + (before is None)
+    counts = [(num_draws + part) // parts for part in range(parts)][::-1]
+    pairs = zip(components, counts, strict=False)
+    draws = [scale / _gamma_icdf(_strata(distance, count, generator), shape) for (shape, scale), count in pairs]
+    if before is None:
+        draws.append(law.icdf(_strata(distance, counts[-1], generator)))
+    variances = torch.cat(draws, -1)
+    log_law = law.log_prob(variances)
+    densities = [_log_inverse_gamma(variances, shape, scale) for shape, scale in components]
+    densities += [log_law] if before is None else []
+    shares = torch.tensor(counts).to(variances).log() - math.log(num_draws)
+    log_proposal = torch.logsumexp(torch.stack(densities, -1) + shares, -1)
+    log_gaussian = -0.5 * (
+        size * (2 * math.pi * variances).log() + log_det.unsqueeze(-1) + squared_distance.unsqueeze(-1) / variances
     )
-    log_proposal = _log_inverse_gamma(variances, posterior_shape, posterior_scale.unsqueeze(-1))
-    log_ratio = law.log_prob(variances) + log_gaussian - log_proposal
+    log_ratio = log_law + log_gaussian - log_proposal
     log_weights = torch.log_softmax(log_ratio, -1)
     log_evidence = torch.logsumexp(log_ratio, -1) - math.log(num_draws)
-    effective = (-torch.logsumexp(2 * log_weights, -1)).exp()
-    return WeightedVariances(variances, log_weights, log_evidence, effective)
+    return WeightedVariances(variances, log_weights, log_evidence, (-torch.logsumexp(2 * log_weights, -1)).exp())
+
+
+def _strata(like: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """One uniform in each of ``count`` equal parts of (0, 1), in random order, (*batch, count)."""
+    shape = (*like.shape, count)
+    order = torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
+    within = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return ((order + within) / count).clamp(1e-15, 1 - 1e-15).to(like)
 
 
 def _log_inverse_gamma(variance: Tensor, shape: Tensor, scale: Tensor) -> Tensor:

@@ -62,14 +62,14 @@ class MixturePrior(nn.Module):
         super().__init__()
         self.kernel = kernel
         self._fixed_shape, self._fixed_scale, self._fixed_noise = shape, scale, noise_var
-        self.mean = nn.Parameter(torch.zeros(num_outputs))
+        self.mean = nn.Parameter(torch.zeros(num_outputs, dtype=torch.float64))
         if shape is None:
-            self.log_shape = nn.Parameter(torch.full((num_outputs,), math.log(2.0)))
+            self.log_shape = nn.Parameter(torch.full((num_outputs,), math.log(2.0), dtype=torch.float64))
         if scale is None:
-            self.log_ratio = nn.Parameter(torch.zeros(num_outputs))
+            self.log_ratio = nn.Parameter(torch.zeros(num_outputs, dtype=torch.float64))
         if noise_var is None:
-            self.log_noise_var = nn.Parameter(torch.full((num_outputs,), -4.0))
-        self.double()
+            self.log_noise_var = nn.Parameter(torch.full((num_outputs,), -4.0, dtype=torch.float64))
+        self.kernel.double()
 
     @property
     def shape(self) -> Tensor:
@@ -159,6 +159,9 @@ def condition(prior: MixturePrior, known: Conditioned, X: Tensor, Y: Tensor) -> 
 
 def _project(prior: MixturePrior, known: Conditioned, X: Tensor) -> tuple[Tensor, Tensor]:
     """L^-1 K(known, X), (*batch, m, n, q), and its product with the whitened outcomes, (*fantasies, *batch, m, q)."""
+    if known.size == 0:  # kernels have no gradients of nothing
+        nothing = X.new_zeros(*X.shape[:-2], prior.mean.shape[0], 0, X.shape[-2])
+        return nothing, nothing.sum(-2)
     cross = torch.linalg.solve_triangular(known.root, prior.covariance(known.X, X), upper=False)
     return cross, (known.whitened.unsqueeze(-2) @ cross).squeeze(-2)
 
@@ -307,8 +310,9 @@ class StudentTProcess(Model):
             far = before + 1e3
             try:
                 value = loss()
-                if bool(torch.isfinite(value)):
-                    return value, torch.autograd.grad(value, list(parameters.values()))
+                gradients = torch.autograd.grad(value, list(parameters.values()))
+                if all(bool(torch.isfinite(found).all()) for found in (value, *gradients)):
+                    return value, gradients
             except (NotPSDError, NanError):
                 pass
             return far, [torch.zeros_like(value) for value in parameters.values()]
