@@ -8,8 +8,9 @@ labels with it tends to one of three, whatever else the activation is:
 - :math:`\check\phi(0) = \check\phi'(0) = 0`: the nearest neighbour;
 - :math:`\check\phi(0) = 0, \check\phi'(0) > 0`: a singular kernel's (Hilbert's) vote.
 
-As in the paper, inner products of inputs are taken to be at least 0: opposite points have the kernel -1 under an odd dual. Exact
-in the limit only; the tangent kernel comes near it at depths far above :math:`1 / (1 - x \cdot x')`, the NNGP kernel sooner.
+As in the paper, inner products of inputs are taken to be at least 0: opposite points have the kernel -1 under an odd dual. The
+limits are exact in infinite depth only; the tangent kernel comes near them at depths far above :math:`1 / (1 - x \cdot x')`,
+the NNGP kernel sooner.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from bayesnn.configured import Configured
 
 _ZERO = 1e-9
+_STEP = 1e-4
 
 
 class Dual(Protocol):
@@ -137,13 +139,19 @@ def which_limit(dual: Dual) -> DeepLimit:
     Raises:
         ValueError: if the activation is linear, constant on the unit Gaussian, or without a derivative in the mean square.
     """
-    one = torch.ones(2, dtype=torch.float64)
-    (at_zero, at_one), (slope_zero, slope_one) = (value.tolist() for value in dual.moments(one, one, one.cumsum(0) - 1))
+    one = torch.ones(4, dtype=torch.float64)
+    kappa, kappa_dot = dual.moments(one, one, torch.tensor([0.0, 1.0, _STEP, -_STEP], dtype=torch.float64))
+    at_zero, at_one, above, below = kappa.tolist()
+    slope_zero, slope_one = kappa_dot[:2].tolist()
     if not at_one > 0:
         raise ValueError("dual: E[phi(u)^2] is zero for a unit Gaussian u, so that there is no kernel.")
     at_zero, slope_zero, slope_one = at_zero / at_one, slope_zero / at_one, slope_one / at_one
     if abs(at_zero) > _ZERO:
         return MajorityVote()
+    if abs((above - below) / (2 * _STEP * at_one) - slope_zero) > 1e-4:
+        raise ValueError(
+            "dual: kappa_dot isn't the derivative of kappa; the activation isn't continuous and has no tangent kernel."
+        )
     if abs(slope_zero) <= _ZERO:
         return NearestNeighbour()
     if slope_zero >= 1 - _ZERO:

@@ -87,7 +87,14 @@ def test_deep_hermite_is_the_nearest_neighbour() -> None:
     assert limit == NearestNeighbour()
     expected = limit.predict(X, labels, X_new)
     assert torch.equal(expected, labels[torch.cdist(to_sphere(X_new), to_sphere(X)).argmin(-1)])
-    agreement = [(deep_classes(hermite(), depth, X, labels, X_new) == expected).double().mean() for depth in (2, 12)]
+    A, B = to_sphere(X), to_sphere(X_new)
+    agreement = []
+    for depth in (2, 12):
+        K = (A @ A.T).clamp_max(1) ** (3.0**depth)
+        log_cross = 3.0**depth * (B @ A.T).clamp(1e-300, 1).log()
+        cross = (log_cross - log_cross.amax(-1, keepdim=True)).exp()  # a factor for each row: most of them underflow
+        found = (cross @ torch.linalg.solve(K.fill_diagonal_(1.0), 2.0 * labels.double() - 1) > 0).long()
+        agreement.append((found == expected).double().mean())
     assert agreement[0] < 0.95 and agreement[1] > 0.995
 
 
@@ -98,14 +105,8 @@ def test_deep_sine_is_the_singular_kernel() -> None:
     assert isinstance(limit, SingularKernel) and limit.exponent == pytest.approx(2, abs=1e-3)
     expected = limit.predict(X, labels, X_new)
     found = deep_classes(sine(2.676), 50, X, labels, X_new)
-    print(
-        "agreement",
-        (found == expected).double().mean(),
-        (expected == truth).double().mean(),
-        (found == truth).double().mean(),
-    )
     assert abs((found == truth).double().mean() - (expected == truth).double().mean()) < 0.005
-    assert (found == expected).double().mean() > 0.95
+    assert (found == expected).double().mean() > 0.98
 
 
 @pytest.mark.parametrize(("square", "exponent"), [(2.676, 2), (6.13539, 4), (13.8258, 8)])
@@ -226,6 +227,7 @@ def test_bad_input() -> None:
         (lambda c: c, lambda c: 1 + 0 * c, "linear"),
         (lambda c: 0 * c, lambda c: 0 * c, "is zero"),
         (lambda c: c.asin(), lambda c: 1 / (1 - c * c).sqrt(), "slope at 1 is inf"),
+        (lambda c: c.asin(), lambda c: 0 * c, "isn't the derivative"),
     ):
         with pytest.raises(ValueError, match=message):
             which_limit(SphereDual(value, slope))
