@@ -1,0 +1,211 @@
+"""The sparse variational Student-t process: divergences, the bound and predictions against Monte Carlo and exact answers."""
+
+import copy
+import functools
+import math
+
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from gpytorch.kernels import RBFKernel
+from torch.distributions import Categorical as CategoricalDistribution
+
+from bayesnn import Model, likelihoods
+from bayesnn.data import Data
+from bayesnn.inference.run import run
+from bayesnn.processes import VariationalStudentTProcess
+from bayesnn.processes.scale_mixtures import InverseGamma
+from bayesnn.processes.variational_student_t import (
+    SparseStudentT,
+    SparseTarget,
+    divergence,
+    inverse_gamma_divergence,
+)
+
+
+def rbf(num_features, batch_shape):
+    return RBFKernel(ard_num_dims=num_features, batch_shape=batch_shape)
+
+
+def numbers(*values):
+    return [torch.tensor(float(value)).double() for value in values]
+
+
+def three_classes(n=90, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, 2, generator=generator).double()
+    return X, (X[:, 0] > 0.4).long() + (X[:, 1] > 0).long()
+
+
+QUICK = SparseStudentT(num_inducing=20, num_steps=150, learning_rate=0.05, batch_size=32, num_samples=4)
+
+
+@functools.cache
+def fitted():
+    return VariationalStudentTProcess(likelihoods.Categorical(3), kernel=rbf, method=QUICK).fit(*three_classes())
+
+
+def with_draws(model, count):
+    """The same fitted model, with more draws in its predictions."""
+    twin = copy.copy(model)
+    twin.num_draws = count
+    return twin
+
+
+def test_divergence_equals_monte_carlo_over_values_that_are_not_whitened():
+    generator = torch.Generator().manual_seed(0)
+    C, M, count = 3, 4, 200_000
+    mean = torch.randn(C, M, generator=generator).double()
+    root = 0.3 * torch.randn(C, M, M, generator=generator).double().tril(-1) + torch.diag_embed(torch.rand(C, M) + 0.5)
+    a, b, alpha, beta = numbers(3.3, 2.1, 2.0, 1.4)
+    Z = torch.randn(M, 2, generator=generator).double()
+    K = RBFKernel().double()(Z).to_dense().detach() + 0.1 * torch.eye(M)
+    L = torch.linalg.cholesky(K)
+    s = b / torch._standard_gamma(a.expand(count), generator=generator)
+    total = InverseGamma(float(a), float(b)).log_prob(s) - InverseGamma(float(alpha), float(beta)).log_prob(s)
+    for c in range(C):  # the same s for every class
+        own = L @ root[c]
+        u = L @ mean[c] + s.sqrt()[:, None] * (torch.randn(count, M, generator=generator).double() @ own.T)
+        for sign, loc, factor in ((1, L @ mean[c], own), (-1, torch.zeros(M).double(), L)):
+            standard = torch.linalg.solve_triangular(factor, (u - loc).T, upper=False).T / s.sqrt()[:, None]
+            log_det = factor.diagonal().abs().log().sum() + 0.5 * M * s.log()
+            total = total + sign * (-0.5 * standard.square().sum(-1) - log_det)
+    exact = divergence(mean, root, a, b, alpha, beta)
+    assert abs(float((total.mean() - exact) / (total.std() / math.sqrt(count)))) < 4
+    assert float(total.std()) / math.sqrt(count) < 0.01 * float(exact)
+
+
+def test_divergence_is_the_paper_s_formula():
+    """With a diagonal S and a K that isn't the identity, and the same jitter in the determinant as in the inverse."""
+    C, M = 2, 5
+    generator = torch.Generator().manual_seed(1)
+    m, diagonal = torch.randn(C, M, generator=generator).double(), torch.rand(C, M, generator=generator).double() + 0.1
+    K = RBFKernel().double()(torch.randn(M, 2, generator=generator).double()).to_dense().detach() + 1e-2 * torch.eye(M)
+    a, b, alpha, beta = 2.7, 0.8, 2.0, 1.9
+    inverse = torch.linalg.inv(K)
+    expected = 0.5 * sum(
+        torch.logdet(K) - diagonal[c].log().sum() - M + (inverse.diagonal() * diagonal[c]).sum()
+        + a / b * m[c] @ inverse @ m[c]
+        for c in range(C)
+    )  # fmt: skip
+    expected = float(expected) + alpha * math.log(b / beta) - scipy.special.gammaln(a) + scipy.special.gammaln(alpha)
+    expected += (a - alpha) * scipy.special.digamma(a) + (beta - b) * a / b
+    L = torch.linalg.cholesky(K)
+    whitened = torch.linalg.solve_triangular(L, torch.diag_embed(diagonal.sqrt()), upper=False)
+    root = torch.linalg.cholesky(whitened @ whitened.mT)
+    mean = torch.linalg.solve_triangular(L, m.T, upper=False).T
+    assert float(divergence(mean, root, *numbers(a, b, alpha, beta))) == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_divergence_from_the_prior_itself():
+    same = numbers(2.0, 1.4, 2.0, 1.4)
+    root = torch.eye(4).double().expand(3, 4, 4)
+    assert abs(float(divergence(torch.zeros(3, 4).double(), root, *same))) < 1e-12
+    for a, b in ((0.5, 1.4), (2.0, 3.0), (40.0, 0.1)):
+        assert inverse_gamma_divergence(*numbers(a, b, 2.0, 1.4)) > 0
+
+
+def bound_and_evidence(labels, alpha=2.0):
+    """A data set of two points, whose evidence is a small integral; inducing points there: q is only limited in form."""
+    X = torch.tensor([[-0.7, 0.0], [0.9, 0.3]]).double()
+    kernel = rbf(2, torch.Size([])).double()
+    target = SparseTarget(Data(X, labels), kernel, likelihoods.Categorical(2), alpha)
+    method = SparseStudentT(num_inducing=2, num_steps=500, learning_rate=0.04, num_samples=32)
+    fit = run(method, target, seed=0)
+    target.covariances.load_state_dict(fit.variational, strict=False)
+    K = kernel(X).to_dense().detach()
+    beta = float(fit.variational["log_prior_ratio"].exp()) * alpha
+    generator = torch.Generator().manual_seed(3)
+    count = 200_000
+    s = beta / torch._standard_gamma(torch.full((count,), alpha).double(), generator=generator)
+    normals = torch.randn(count, 2, 2, generator=generator).double() @ torch.linalg.cholesky(K).T  # (S, class, point)
+    values = (s.sqrt()[:, None, None] * normals).mT
+    likelihood = CategoricalDistribution(logits=values).log_prob(labels[:, 0]).sum(-1).exp()
+    return float(fit.elbo[-200:].mean()), float(likelihood.mean().log())
+
+
+def test_bound_is_below_the_evidence_and_close():
+    bound, evidence = bound_and_evidence(torch.tensor([[0], [1]]))
+    assert bound < evidence + 0.01 and bound > evidence - 0.1
+
+
+def test_posterior_and_prediction_agree_and_share_the_scale():
+    model, new = fitted(), three_classes(5, seed=1)[0]
+    posterior, p = model.posterior(new), model.predict(new)
+    assert posterior.shared and posterior.mean.shape == (5, 3)
+    draws = posterior.rsample(torch.Size([20_000]), generator=torch.Generator().manual_seed(0))
+    exact = draws.softmax(-1)
+    many = with_draws(model, 20_000).predict(new)
+    error = (exact.var(0) / 20_000).sqrt() * math.sqrt(2)
+    assert ((many.probabilities - exact.mean(0)) / error).abs().max() < 4.5
+    assert (p.probabilities - exact.mean(0)).abs().max() < 0.05
+    # One chi-squared variable for classes: squares of different classes are correlated, beyond what normals give.
+    z = (draws[:, 0] - posterior.mean[0]) / posterior.variance[0].sqrt()
+    df = posterior.df
+    products = z[:, 0].square() * z[:, 1].square()
+    expected = (df - 2) / (df - 4)
+    assert abs(float((products.mean() - expected) / (products.std() / math.sqrt(len(products))))) < 4
+
+
+def test_marginal_scales_of_predictions_are_the_posterior_s():
+    model, new = fitted(), three_classes(4, seed=2)[0]
+    posterior = model.posterior(new)
+    logits = with_draws(model, 40_000).predict(new).components.logits
+    centred = logits.squeeze(-2) - logits.squeeze(-2).logsumexp(-1, keepdim=True)
+    contrast = (centred[..., 0] - centred[..., 1]).double()  # shifts of all logits cancel
+    loc = posterior.loc[:, 0] - posterior.loc[:, 1]
+    scale = posterior.scale.diagonal(dim1=-2, dim2=-1)
+    standard = (contrast - loc) / (scale[0] + scale[1]).sqrt()
+    for point in range(4):
+        assert scipy.stats.kstest(standard[:, point].numpy(), scipy.stats.t(posterior.df).cdf).pvalue > 1e-4
+
+
+def test_classifies_and_doubts_far_away():
+    model = fitted()
+    X, labels = three_classes(300, seed=3)
+    p = model.predict(X)
+    assert (p.labels == labels).double().mean() > 0.85
+    assert p.log_prob(labels).mean() > -0.45
+    far = model.predict(torch.full((1, 2), 40.0).double())
+    assert far.entropy.min() > 0.9 * math.log(3)
+
+
+def test_minibatches_checkpoints_and_files(tmp_path):
+    X, labels = three_classes()
+    model = fitted()
+    resumed = VariationalStudentTProcess(likelihoods.Categorical(3), kernel=rbf, method=QUICK)
+
+    def stop(index, state, info):
+        if index == 70:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        resumed.fit(X, labels, checkpoint=tmp_path / "run", callbacks=[stop])
+    resumed.fit(X, labels, checkpoint=tmp_path / "run")
+    for name, value in model._variational.items():
+        close = torch.equal(value, resumed._variational[name])
+        assert close, name
+    network = VariationalStudentTProcess(
+        likelihoods.Bernoulli(), depth=2, method=SparseStudentT(num_inducing=10, num_steps=5)
+    ).fit(X.float(), (labels > 0).float())
+    network.save(tmp_path / "model")
+    loaded = Model.load(tmp_path / "model")
+    assert torch.equal(loaded.predict(X.float()).probabilities, network.predict(X.float()).probabilities)
+    assert loaded.predict(X.float()).probabilities.dtype == torch.float32
+    batches = model.predict(X.reshape(9, 10, 2)).probabilities
+    assert batches.shape == (9, 10, 3)
+    assert model.posterior(X.reshape(9, 10, 2)).rsample(torch.Size([2])).shape == (2, 9, 10, 3)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="StudentTProcess"):
+        VariationalStudentTProcess(likelihoods.Gaussian())
+    with pytest.raises(TypeError, match="free parameters"):
+        VariationalStudentTProcess(likelihoods.NegativeBinomial())
+    for arguments in ({"shape": 0.0}, {"num_draws": 0}, {"depth": 0}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            VariationalStudentTProcess(likelihoods.Categorical(2), **arguments)
+    for name in ("num_inducing", "num_steps", "batch_size", "learning_rate", "num_samples"):
+        with pytest.raises(ValueError, match=name):
+            SparseStudentT(**{name: 0})
