@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bayesnn.data import Data
+from bayesnn.checks import positive
+from bayesnn.data import Data, check_inputs
 from bayesnn.files import fingerprint
 from bayesnn.inference.flat import unravel
 from bayesnn.inference.members import NETWORK, apply_network, check_members, check_network, network_parameters
@@ -17,6 +18,21 @@ from bayesnn.likelihoods import Likelihood, ParameterPrior
 from bayesnn.priors import Normal, PerLayer, Prior, location
 
 LIKELIHOOD = "likelihood."
+
+
+def _check_data(data: Data, likelihood: Likelihood) -> None:
+    X, Y = data
+    if not X.is_floating_point():
+        raise ValueError(f"data.X must be floating-point numbers, found {X.dtype}")
+    if Y.is_floating_point() and Y.dtype != X.dtype:
+        raise ValueError(f"data.Y must have the type of data.X, {X.dtype}, found {Y.dtype}")
+    if Y.dim() != 2:
+        raise ValueError(f"data.Y must have shape (n, m), found {tuple(Y.shape)}")
+    try:
+        check_inputs(X)
+        likelihood.check(Y, len(X), like=X)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data.{error}") from error
 
 
 class NetworkTarget:
@@ -38,7 +54,9 @@ class NetworkTarget:
 
     Raises:
         ValueError: if the network's output depends on the other rows, on chance or on earlier calls, or it gives another
-            number of function values than the likelihood needs, or has no parameters that aren't frozen.
+            number of function values than the likelihood needs, or has no parameters that aren't frozen; if the data aren't
+            finite numbers of one floating-point type in as many rows, or none that the likelihood is of; or if the temperature
+            isn't positive.
     """
 
     def __init__(
@@ -51,6 +69,8 @@ class NetworkTarget:
         temperature: float = 1.0,
     ) -> None:
         check_network(network)
+        positive("temperature", temperature)
+        _check_data(data, likelihood)
         self.network = copy.deepcopy(network).to(data.X)
         self.likelihood, self.prior, self.data, self.temperature = likelihood, prior, data, temperature
         self.outcome_scale = outcome_scale

@@ -136,6 +136,42 @@ def test_wrong_number_of_outputs():
         target(likelihood=likelihoods.HeteroscedasticGaussian())
 
 
+X, Y = data(n=60)
+WRONG_DATA = {
+    "one row of Y": (X, Y[:1], r"data.Y must have one row for each row of X: X has 60, Y has 1"),
+    "too few rows": (X, Y[:10], r"data.Y .* Y has 10"),
+    "types": (X, Y.float(), r"data.Y must have the type of data.X, torch.float64, found torch.float32"),
+    "no rows": (X[:0], Y[:0], r"data.X must have at least one row"),
+    "no columns": (X[:, :0], Y, r"data.X must have at least one row and one column"),
+    "flat X": (X[:, 0], Y, r"data.X must have shape \(n, d\), found \(60,\)"),
+    "flat Y": (X, Y[:, 0], r"data.Y must have shape \(n, m\), found \(60,\)"),
+    "integers": (X.long(), Y, r"data.X must be floating-point numbers, found torch.int64"),
+    "NaN in X": (X.where(X < 2, torch.nan), Y, r"data.X must be finite"),
+    "infinite Y": (X, Y.where(Y < 2, torch.inf), r"data.Y must be finite"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DATA)
+def test_wrong_data(name):
+    X, Y, message = WRONG_DATA[name]
+    with pytest.raises(ValueError, match=message):
+        NetworkTarget(
+            networks.mlp(3, 1, hidden=(4,)), likelihoods.Gaussian(), priors.Normal(), Data(X, Y), torch.ones(1, 1)
+        )
+
+
+def test_wrong_labels():
+    network, labels = networks.mlp(3, 2, hidden=(4,)), torch.arange(60).unsqueeze(-1) % 3
+    with pytest.raises(ValueError, match=r"data.Y must hold labels 0 … 1, found labels from 0 to 2"):
+        NetworkTarget(network, likelihoods.Categorical(2), priors.Normal(), Data(X, labels), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_wrong_temperature(temperature):
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        target(temperature=temperature)
+
+
 def test_fingerprints_tell_targets_apart():
     variants = [
         target(),
