@@ -27,7 +27,7 @@ from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.flat import log_density_and_gradient, ravel, unravel
 from bayesnn.inference.sgmcmc.control_variates import Anchor, Gradient, around, plain
-from bayesnn.inference.sgmcmc.inner_loop import Variables, chunk_size, core_for_noise, follow, noise_for
+from bayesnn.inference.sgmcmc.inner_loop import Update, Variables, chunk_size, core_for_noise, follow, noise_for
 from bayesnn.inference.sgmcmc.minibatches import Minibatches, draw_rows
 from bayesnn.inference.sgmcmc.noise import start_stream
 from bayesnn.inference.sgmcmc.preconditioners import RMS, Metric
@@ -94,6 +94,10 @@ class SGMCMC(Configured, ABC):
             scale: S, where S^2 is the diagonal metric: (C, P), or (1, 1) of ones.
             noise: standard normal, (num_noises, C, P).
         """
+
+    def update_at(self, step: int) -> Update:
+        """The update that a call of ``step`` follows from this minibatch step on; a sampler may begin with another one."""
+        return self.update
 
     def statistics(self, variables: Variables) -> dict[str, Tensor]:
         """What else to report of a step, each (C,)."""
@@ -186,7 +190,7 @@ class SGMCMC(Configured, ABC):
         self, gradient: Gradient, data: Data, state: SGMCMCState, generator: torch.Generator
     ) -> tuple[SGMCMCState, dict[str, Tensor]]:
         first = int(state.num_updates)
-        variables, stream = state.variables, state.noise
+        update, variables, stream = self.update_at(first), state.variables, state.noise
         if self.schedule.restarts(first):
             variables = self.initial_variables(variables["position"], generator)
         minibatches, rows = self._rows(data, state.minibatches, generator)
@@ -199,7 +203,7 @@ class SGMCMC(Configured, ABC):
             noises, stream = noise_for(gradient, stream, shape, now, later, variables["position"])
             chunk = slice(index, index + size)
             batches = None if rows is None else Data(data.X[rows[chunk]], data.Y[rows[chunk]])
-            variables, slope = follow(self.update, gradient, variables, batches, step_sizes[chunk], metric, noises)
+            variables, slope = follow(update, gradient, variables, batches, step_sizes[chunk], metric, noises)
         self._check_finite(variables, first)
         num_updates = state.num_updates + self.thinning
         state = SGMCMCState(variables, num_updates, minibatches, stream, metric.second_moment, state.anchor)

@@ -63,7 +63,8 @@ def assert_law(draws, mean, covariance):
 
 def draws_of(posterior):
     """(draws, chains, P)."""
-    return posterior.by_chain(posterior.parameters["x"]).transpose(0, 1)
+    flat = torch.cat([values.flatten(1) for values in posterior.parameters.values()], 1)
+    return posterior.by_chain(flat).transpose(0, 1)
 
 
 def widened(factor):
