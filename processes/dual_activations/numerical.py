@@ -85,10 +85,10 @@ class Numerical(DualActivation):
         object.__setattr__(self, "name", getattr(self.elementwise, "__name__", type(self.elementwise).__name__))
         x = torch.linspace(-3, 3, 6, dtype=torch.float64)
         values = self.elementwise(x.reshape(2, 3))
-        if values.shape != (2, 3) or not torch.equal(values.reshape(6), self.elementwise(x)):
-            raise ValueError(f"elementwise: {self.name} does not act on every element of a tensor by itself.")
         if not torch.isfinite(values).all():
             raise ValueError(f"elementwise: {self.name} is not finite everywhere on [-3, 3].")
+        if values.shape != (2, 3) or not torch.equal(values.reshape(6), self.elementwise(x)):
+            raise ValueError(f"elementwise: {self.name} does not act on every element of a tensor by itself.")
 
     def function(self, x: Tensor) -> Tensor:
         return (FUNCTIONS[self.elementwise] if isinstance(self.elementwise, str) else self.elementwise)(x)
@@ -100,25 +100,25 @@ class Numerical(DualActivation):
         return DualMoments(self.kappa(var1, var2, cov), self._dual(self._derivative, var1, var2, cov))
 
     def diagonal(self, var: Tensor) -> DualMoments:
-        nodes, basis = _nodes(self.num_points)
-        x = _root(var).unsqueeze(-1) * nodes.to(var.device)
-        weights = basis[0].square().to(var.device)
-        kappa, kappa_dot = self.function(x).square() @ weights, self._derivative(x).square() @ weights
+        nodes, basis = (value.to(var.device) for value in _nodes(self.num_points))
+        x = _root(var).unsqueeze(-1) * nodes
+        kappa, kappa_dot = ((values * basis[0]).square().sum(-1) for values in (self.function(x), self._derivative(x)))
         return DualMoments(kappa.to(var.dtype), kappa_dot.to(var.dtype))
 
     def _derivative(self, x: Tensor) -> Tensor:
+        differentiable = x.requires_grad and torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
+            x = x if differentiable else x.detach().requires_grad_()
             values = self.function(x)
             if not values.requires_grad:  # a step
                 return torch.zeros_like(x)
-            (slope,) = torch.autograd.grad(values.sum(), x, create_graph=torch.is_grad_enabled())
+            (slope,) = torch.autograd.grad(values.sum(), x, create_graph=differentiable)
         return slope
 
     def _dual(self, function: Elementwise, var1: Tensor, var2: Tensor, cov: Tensor) -> Tensor:
         (constant1, others1), (constant2, others2) = (self._coefficients(function, var) for var in (var1, var2))
-        inverse1, inverse2 = ((1 / _root(var)).to(cov.dtype) for var in (var1, var2))
-        series = _PowerSeries.apply(others1.to(cov.dtype), others2.to(cov.dtype), cov * inverse1 * inverse2)
+        root1, root2 = (_root(var).to(cov.dtype) for var in (var1, var2))
+        series = _PowerSeries.apply(others1.to(cov.dtype), others2.to(cov.dtype), cov / root1 / root2)
         return torch.addcmul((constant1 * constant2).to(cov.dtype), cov, series)
 
     def _coefficients(self, function: Elementwise, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class _Rectifier(DualActivation):
         raise NotImplementedError
 
     @property
-    def critical_weight_var(self) -> float:  # type: ignore[override]
+    def critical_weight_var(self) -> float:
         """2 / (1 + slope^2), whatever the bias variance."""
         return 2 / (1 + self._negative_slope**2)
 

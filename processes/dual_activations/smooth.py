@@ -33,8 +33,8 @@ class Erf(DualActivation):
         return torch.atan2(sin, cos) * (2 / math.pi)
 
     def moments(self, var1: Tensor, var2: Tensor, cov: Tensor) -> DualMoments:
-        (scale1, scale2), sin, cos = _ratio(2, var1, var2, cov)
-        return DualMoments(torch.atan2(sin, cos) * (2 / math.pi), scale1 * (4 / math.pi) * (scale2 / cos))
+        (root1, root2), sin, cos = _ratio(2, var1, var2, cov)
+        return DualMoments(torch.atan2(sin, cos) * (2 / math.pi), 4 / math.pi / root1 / (root2 * cos))
 
     def diagonal(self, var: Tensor) -> DualMoments:
         root = (1 + 4 * var).sqrt()
@@ -60,29 +60,28 @@ class GELU(DualActivation):
         return torch.nn.functional.gelu(x)
 
     def kappa(self, var1: Tensor, var2: Tensor, cov: Tensor) -> Tensor:
-        scales, sin, cos = _ratio(1, var1, var2, cov)
-        return self._kappa(var1, var2, cov, scales, sin, cos)
+        return self._kappa(var1, var2, cov, *_ratio(1, var1, var2, cov))
 
     def moments(self, var1: Tensor, var2: Tensor, cov: Tensor) -> DualMoments:
-        scales, sin, cos = _ratio(1, var1, var2, cov)
-        scale1, scale2 = scales
-        bracket = (scale1 / cos * scale2).square() + (scale1.square() + scale2.square())
+        roots, sin, cos = _ratio(1, var1, var2, cov)
+        root1, root2 = roots
+        bracket = (1 / root1 / (root2 * cos)).square() + (1 / root1.square() + 1 / root2.square())
         kappa_dot = (sin / cos * bracket + torch.atan2(cos, -sin)) / (2 * math.pi)
-        return DualMoments(self._kappa(var1, var2, cov, scales, sin, cos), kappa_dot)
+        return DualMoments(self._kappa(var1, var2, cov, roots, sin, cos), kappa_dot)
 
     @staticmethod
     def _kappa(
-        var1: Tensor, var2: Tensor, cov: Tensor, scales: tuple[Tensor, Tensor], sin: Tensor, cos: Tensor
+        var1: Tensor, var2: Tensor, cov: Tensor, roots: tuple[Tensor, Tensor], sin: Tensor, cos: Tensor
     ) -> Tensor:
-        scale1, scale2 = scales
-        total = sin.square() * scale1 * (scale2 / cos) + (var1 * scale1) * (var2 * scale2) * cos
+        root1, root2 = roots
+        total = sin.square() / root1 / (root2 * cos) + (var1 / root1) * (var2 / root2) * cos
         return (total + cov * torch.atan2(cos, -sin)) / (2 * math.pi)
 
     def diagonal(self, var: Tensor) -> DualMoments:
-        root, share = (1 + 2 * var).sqrt(), 1 / (1 + var)
-        angle = torch.atan2(root, -var)
-        kappa = var * (2 * (var * share) / root + angle) / (2 * math.pi)
-        return DualMoments(kappa, (var / root * (1 / (1 + 2 * var) + 2 * share) + angle) / (2 * math.pi))
+        root, whole = (1 + 2 * var).sqrt(), 1 + var
+        angle = torch.atan2(root / whole, -var / whole)
+        kappa = var * (2 * (var / whole) / root + angle) / (2 * math.pi)
+        return DualMoments(kappa, (var / root * (1 / (1 + 2 * var) + 2 / whole) + angle) / (2 * math.pi))
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,13 @@ class Gaussian(DualActivation):
         return torch.exp(self.exponent * x.square())
 
     def kappa(self, var1: Tensor, var2: Tensor, cov: Tensor) -> Tensor:
-        (scale1, scale2), _, cos = _ratio(-2 * self.exponent, var1, var2, cov)
-        return scale1 / cos * scale2
+        (root1, root2), _, cos = _ratio(-2 * self.exponent, var1, var2, cov)
+        return 1 / root1 / (root2 * cos)
 
     def moments(self, var1: Tensor, var2: Tensor, cov: Tensor) -> DualMoments:
         rate = -2 * self.exponent
-        (scale1, scale2), sin, cos = _ratio(rate, var1, var2, cov)
-        kappa = scale1 / cos * scale2
+        (root1, root2), sin, cos = _ratio(rate, var1, var2, cov)
+        kappa = 1 / root1 / (root2 * cos)
         return DualMoments(kappa, rate * (sin / cos) * kappa.square())
 
     def diagonal(self, var: Tensor) -> DualMoments:
@@ -230,7 +229,7 @@ class RBF(DualActivation):
             raise ValueError(f"gamma: found {self.gamma}, want a positive number.")
 
     @property
-    def critical_weight_var(self) -> float:  # type: ignore[override]
+    def critical_weight_var(self) -> float:
         """1 / (2 gamma), whatever the bias variance."""
         return 1 / (2 * self.gamma)
 
@@ -270,15 +269,16 @@ class Exp(DualActivation):
 
 
 def _ratio(rate: float, var1: Tensor, var2: Tensor, cov: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    r"""((1 + ta)^{-1/2}, (1 + tb)^{-1/2}), their product with tc: a sine, and the cosine of the same angle.
+    r"""((1 + ta)^{1/2}, (1 + tb)^{1/2}), tc over their product: a sine, and the cosine of the same angle.
 
     The squared cosine is :math:`\det(I + t \Sigma) / ((1 + ta)(1 + tb))`. As a sum of that without :math:`\det \Sigma`
     and of :math:`ab - c^2 = (a - |c|) b + |c| (b - |c|)` it is exact at coincident points, however large the variance.
+    Quotients are of like sizes, so that nothing overflows on the way back either.
     """
-    precision1, precision2 = 1 / (1 + rate * var1), 1 / (1 + rate * var2)
-    scale1, scale2 = precision1.sqrt(), precision2.sqrt()
+    whole1, whole2 = var1 + 1 / rate, var2 + 1 / rate
+    root1, root2 = (1 + rate * var1).sqrt(), (1 + rate * var2).sqrt()
+    share1, share2 = var1 / whole1, var2 / whole2
     size = cov.abs()
-    gap1, gap2 = (var1 - size) * (rate * precision1), (var2 - size) * (rate * precision2)
-    determinant = gap1 * (1 - precision2) + gap2 * (size * (rate * precision1))
-    square = precision1 + precision2 * (1 - precision1) + at_least_zero(determinant)
-    return (scale1, scale2), cov * (rate * scale1) * scale2, square.sqrt()
+    determinant = (var1 - size) / whole1 * share2 + (var2 - size) / whole2 * (size / whole1)
+    square = 1 / (1 + rate * var1) + share1 / (1 + rate * var2) + at_least_zero(determinant)
+    return (root1, root2), rate * cov / root1 / root2, square.sqrt()
