@@ -50,15 +50,18 @@ class WarmStarted(Configured):
             for 1000 steps.
 
     Raises:
-        TypeError: if the sampler has no chains.
+        TypeError: if the sampler isn't a method with chains, or the ensemble no deep ensemble; at the start of a run, if the
+            target isn't a network's.
     """
 
     sampler: Sampler
     ensemble: DeepEnsemble = field(default_factory=lambda: DeepEnsemble(held_out=0.0))
 
     def __post_init__(self) -> None:
-        if not hasattr(self.sampler, "num_chains"):
-            raise TypeError(f"sampler must be a method with chains (HMC, NUTS, SGHMC …), found {self.sampler!r}")
+        if isinstance(self.sampler, type) or not hasattr(self.sampler, "num_chains"):
+            raise TypeError(f"sampler must be a method with chains (HMC(), NUTS(), SGHMC() …), found {self.sampler!r}")
+        if not isinstance(self.ensemble, DeepEnsemble):
+            raise TypeError(f"ensemble must be a DeepEnsemble(), found {self.ensemble!r}")
 
     @property
     def num_chains(self) -> int:
@@ -76,6 +79,11 @@ class WarmStarted(Configured):
 
     def init(self, target: NetworkTarget, generator: torch.Generator) -> WarmStartedState:
         """The ensemble before its first step; the sampler waits."""
+        if not hasattr(target, "pointwise_log_likelihood"):
+            raise TypeError(
+                f"WarmStarted trains networks: it needs a NetworkTarget, found {type(target).__name__}. Give any other target "
+                "its starting points by StartingAt"
+            )
         ensemble = self._members.init(target, generator)
         return WarmStartedState(ensemble, self.sampler.init(target, generator))
 

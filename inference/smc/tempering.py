@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count, flag, fraction
 from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.inference.draws import WeightPosterior
@@ -64,7 +65,7 @@ class SMC(Configured):
         num_particles: J.
         ess_fraction: each step leaves an effective sample size of this share of J; 0.5.
         sampler: its move is the kernel, its ``initial_step_size`` the first step size and its ``target_acceptance`` what that
-            is adapted to; HMC with paths of 8 leapfrog steps on average.
+            is adapted to, its ``mass`` "diagonal" or "identity"; HMC with paths of 8 leapfrog steps on average.
         num_moves: moves of each particle after each resampling.
         waste_free: keep all points of the moves' paths; ``num_particles`` must be a multiple of ``num_moves + 1``.
         resampling: "systematic", "stratified" or "multinomial".
@@ -72,10 +73,11 @@ class SMC(Configured):
         num_seen: rows that the initial particles know already. To go on with a stream, run a target with the new rows added
             and ``StartingAt(target, posterior.parameters)``.
         inverse_temperatures: fixed values of beta, rising to 1, instead of adaptive ones.
-        adapt: learn the step size (from the acceptance) and the mass (from the weighted particles) on the way.
+        adapt: learn the step size (from the acceptance) and a diagonal mass (from the weighted particles) on the way.
         max_steps: an error is raised when beta isn't 1 after so many.
 
     Raises:
+        TypeError: if the sampler has no acceptance step, or a setting is of the wrong type.
         ValueError: if a setting is out of its range; at the start of a run, if the target can't draw from its prior or has a
             temperature other than 1; later, if the weights collapse.
     """
@@ -93,19 +95,23 @@ class SMC(Configured):
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("num_particles", "num_moves", "max_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.num_particles < 2:
-            raise ValueError("num_particles must be at least 2, found 1")
-        if not 0 < self.ess_fraction < 1:
-            raise ValueError(f"ess_fraction must lie in (0, 1), found {self.ess_fraction}")
+        check_fields(self, count, "num_moves", "max_steps")
+        check_fields(self, count, "num_particles", least=2)
+        check_fields(self, count, "num_seen", least=0)
+        check_fields(self, fraction, "ess_fraction")
+        check_fields(self, flag, "waste_free", "adapt")
+        if self.batch_size is not None:
+            check_fields(self, count, "batch_size")
+        if not isinstance(self.sampler, MarkovChain):
+            raise TypeError(
+                f"sampler must be a sampler with an acceptance step (HMC(), MALA() …), found {self.sampler!r}"
+            )
+        if self.sampler.mass == "low-rank":
+            raise ValueError(
+                "sampler's mass must be 'diagonal' or 'identity': low-rank ones aren't learned from particles"
+            )
         if self.resampling not in SCHEMES:
             raise ValueError(f"resampling must be one of {', '.join(SCHEMES)}, found {self.resampling!r}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 or None, found {self.batch_size}")
-        if self.num_seen < 0:
-            raise ValueError(f"num_seen must be at least 0, found {self.num_seen}")
         if self.waste_free and self.num_particles % (self.num_moves + 1):
             raise ValueError(
                 f"num_particles must be a multiple of num_moves + 1 = {self.num_moves + 1} in the waste-free form, found "
@@ -220,7 +226,7 @@ class SMC(Configured):
         return beta + low
 
     def _inverse_mass(self, position: Tensor, weights: Tensor) -> Tensor:
-        if not self.adapt:
+        if not self.adapt or self.sampler.mass == "identity":
             return torch.ones_like(position[:1])
         column = weights.to(position).unsqueeze(-1)
         mean = (column * position).sum(0, keepdim=True)

@@ -6,7 +6,7 @@ from oracles import LinearGaussian, with_intercept, z_score
 
 from bayesnn import likelihoods, networks, priors
 from bayesnn.data import Data
-from bayesnn.inference import HMC, MALA, SMC, AdjustedMCLMC, FunctionTarget, NetworkTarget, RandomWalk, run
+from bayesnn.inference import HMC, MALA, MCLMC, SMC, AdjustedMCLMC, FunctionTarget, NetworkTarget, RandomWalk, run
 from bayesnn.inference.warm_start import StartingAt
 
 
@@ -255,7 +255,38 @@ def test_too_few_steps_are_an_error():
         run(SMC(num_particles=64, max_steps=2), target())
 
 
+@pytest.mark.parametrize("mass", ["diagonal", "identity"])
+def test_the_sampler_s_mass_is_taken(mass):
+    target, _ = linear_model()
+    seen = []
+
+    class Watched(HMC):
+        def move(self, density, point, step_size, mass, generator):
+            seen.append(mass.inverse)
+            return super().move(density, point, step_size, mass, generator)
+
+    run(SMC(num_particles=64, sampler=Watched(mass=mass)), target())
+    ones = [torch.equal(inverse, torch.ones_like(inverse)) for inverse in seen]
+    assert all(ones) if mass == "identity" else not any(ones)
+
+
+def test_diagnostics_of_particles(caplog):
+    posterior = run(SMC(num_particles=64), linear_model()[0]())
+    found = posterior.diagnostics(flat_draws(posterior))
+    assert found["inverse_temperature"] == 1 and found["num_seen"] == 30 and math.isnan(found["r_hat"])
+    assert found["log_evidence"] == float(posterior.statistics["log_evidence"])
+    assert found["ess_bulk"] > 10 and not caplog.records
+
+
+@pytest.mark.parametrize("sampler", [MCLMC(), HMC, "hmc", None])
+def test_what_is_no_sampler(sampler):
+    with pytest.raises(TypeError, match=r"sampler must be a sampler with an acceptance step .*found"):
+        SMC(sampler=sampler)
+
+
 def test_wrong_use():
+    with pytest.raises(ValueError, match="mass must be 'diagonal' or 'identity'"):
+        SMC(sampler=HMC(mass="low-rank"))
     target, _ = linear_model()
     plain = FunctionTarget(lambda p: -p["x"].square().sum(-1), lambda count, generator: {"x": torch.zeros(count, 2)})
     with pytest.raises(ValueError, match="draw from its prior"):

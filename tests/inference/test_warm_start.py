@@ -5,7 +5,7 @@ import torch
 
 from bayesnn import likelihoods, networks, priors
 from bayesnn.data import Data
-from bayesnn.inference import HMC, DeepEnsemble, MeanField, NetworkTarget, WarmStarted, run
+from bayesnn.inference import HMC, DeepEnsemble, FunctionTarget, MeanField, NetworkTarget, WarmStarted, run
 from bayesnn.inference.sgmcmc import SGHMC
 from bayesnn.inference.warm_start import StartingAt
 
@@ -75,6 +75,14 @@ def test_resumed_equals_uninterrupted(name, share, tmp_path):
 def test_wrong_use():
     with pytest.raises(TypeError, match="method with chains"):
         WarmStarted(MeanField())
+    for sampler in (HMC, "hmc"):
+        with pytest.raises(TypeError, match=r"sampler must be a method with chains .*found"):
+            WarmStarted(sampler)
+    with pytest.raises(TypeError, match=r"ensemble must be a DeepEnsemble\(\), found"):
+        WarmStarted(HMC(), MeanField())
+    plain = FunctionTarget(lambda x: -x.square().sum(-1), lambda count, generator: torch.zeros(count, 2))
+    with pytest.raises(TypeError, match="needs a NetworkTarget, found FunctionTarget"):
+        run(WarmStarted(HMC()), plain)
     points = target().initial(2, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="given for 2 chains, but 3"):
         StartingAt(target(), points).initial(3, torch.Generator())
