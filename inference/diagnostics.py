@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 ARVIZ_NAMES = {"acceptance": "acceptance_rate", "num_gradients": "n_steps"}
 """What ArviZ calls the statistics that it knows by another name."""
+MIN_DRAWS = 4
+"""Of each chain, below which ArviZ gives NaN and says so in its log."""
+PROGRESS = ("inverse_temperature", "num_seen")
+"""Statistics that say how far a run has come: it's their last value that counts, not their mean."""
 
 
 def diagnose(posterior: WeightPosterior, function_values: Tensor) -> dict[str, float]:
@@ -37,12 +41,14 @@ def diagnose(posterior: WeightPosterior, function_values: Tensor) -> dict[str, f
         raise ValueError(f"function_values must be ({len(posterior)}, k), found {tuple(values.shape)}")
     arviz = _arviz()
     dataset = arviz.convert_to_dataset({"f": _by_chain(posterior, values).double().cpu().numpy()})
+    nan, long_enough = float("nan"), len(posterior) // posterior.num_chains >= MIN_DRAWS
     results = {
-        "r_hat": float(arviz.rhat(dataset)["f"].max()),
-        "ess_bulk": float(arviz.ess(dataset, method="bulk")["f"].min()),
-        "ess_tail": float(arviz.ess(dataset, method="tail")["f"].min()),
+        "r_hat": float(arviz.rhat(dataset)["f"].max()) if long_enough and posterior.num_chains > 1 else nan,
+        "ess_bulk": float(arviz.ess(dataset, method="bulk")["f"].min()) if long_enough else nan,
+        "ess_tail": float(arviz.ess(dataset, method="tail")["f"].min()) if long_enough else nan,
     }
-    results |= {name: float(values.double().mean()) for name, values in posterior.statistics.items()}
+    for name, values in posterior.statistics.items():
+        results[name] = float(values[-1] if name in PROGRESS and values.dim() else values.double().mean())
     if "diverging" in posterior.statistics:
         results["num_diverging"] = float((posterior.statistics["diverging"] > 0).sum())
     energy = posterior.statistics.get("energy")
