@@ -64,7 +64,8 @@ class PyroTarget:
     def _can_be_vmapped(self) -> bool:
         points = self.initial(2, torch.Generator().manual_seed(0))
         try:
-            found, wanted = self._all_at_once(points), self._one_by_one(points)
+            with pyro.validation_enabled(False):
+                found, wanted = self._all_at_once(points), self._one_by_one(points)
         except (RuntimeError, ValueError, NotImplementedError):
             return False
         return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, equal_nan=True)
@@ -82,7 +83,10 @@ class PyroTarget:
 
     def log_prior(self, parameters: Parameters) -> Tensor:
         """The whole log density, (C,): Pyro doesn't tell prior and likelihood apart."""
-        return self._all_at_once(parameters) if self._vmapped else self._one_by_one(parameters)
+        # Without validation: where a trajectory diverges the density is NaN or zero, which rejects the move, and no error. It
+        # branches on values, too, which vmap can't do.
+        with pyro.validation_enabled(False):
+            return self._all_at_once(parameters) if self._vmapped else self._one_by_one(parameters)
 
     def _one_by_one(self, parameters: Parameters) -> Tensor:
         count = next(iter(parameters.values())).shape[0]
@@ -90,8 +94,7 @@ class PyroTarget:
         return torch.stack([-self._potential(one) for one in each])
 
     def _all_at_once(self, parameters: Parameters) -> Tensor:
-        with pyro.validation_enabled(False):  # it branches on values
-            return vmap(self._log_density)(parameters)
+        return vmap(self._log_density)(parameters)
 
     def _log_density(self, parameters: Parameters) -> Tensor:
         sites = self.constrain(parameters)

@@ -66,6 +66,24 @@ def test_all_chains_at_once_are_pyro_s_one_by_one(branching):
     torch.testing.assert_close(target.log_prior(parameters), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_impossible_places_have_no_density():
+    """Far out a scale overflows or vanishes, and a Poisson's rate too: a move to reject."""
+
+    def model(branching):
+        scale = pyro.sample("scale", dist.LogNormal(torch.tensor(0.0).double(), 1.0))
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.0).double(), scale))
+        if branching and x > 100:
+            scale = scale * 2
+        pyro.sample("y", dist.Poisson(x.exp()), obs=torch.tensor(3.0).double())
+
+    for branching in (False, True):
+        target = PyroTarget(model, branching)
+        assert target._vmapped is not branching
+        far = {"scale": torch.tensor([-2000.0, 2000.0, 0.0, 0.0]), "x": torch.tensor([1.0, 1.0, 2000.0, 1.0])}
+        found = target.log_prior({name: values.double() for name, values in far.items()})
+        assert found[3].isfinite() and not found[:3].isfinite().any()
+
+
 def test_what_cannot_be_sampled():
     with pytest.raises(ValueError, match="k are discrete"):
         PyroTarget(lambda: pyro.sample("k", dist.Bernoulli(0.5)))
