@@ -7,12 +7,13 @@ from bayesnn.inference.function_target import FunctionTarget
 from bayesnn.inference.mcmc import HMC, MALA, MCLMC, NUTS, AdjustedMCLMC, RandomWalk
 from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.parallel import run_chains
+from bayesnn.inference.pyro_models import PyroTarget, pyro_model
 from bayesnn.inference.run import Method, run
-from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Cosine, Cyclical, Polynomial, Structured
+from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Constant, Cosine, Cyclical, Polynomial, Structured
 from bayesnn.inference.smc import SMC
 from bayesnn.inference.target import Target
 from bayesnn.inference.vi import MeanField
-from bayesnn.inference.warm_start import WarmStarted
+from bayesnn.inference.warm_start import StartingAt, WarmStarted
 
 __all__ = [
     "BAOAB",
@@ -27,6 +28,7 @@ __all__ = [
     "SMC",
     "AdjustedMCLMC",
     "Compiled",
+    "Constant",
     "Cosine",
     "Cyclical",
     "DeepEnsemble",
@@ -35,11 +37,14 @@ __all__ = [
     "Method",
     "NetworkTarget",
     "Polynomial",
+    "PyroTarget",
     "RandomWalk",
+    "StartingAt",
     "Structured",
     "Target",
     "WarmStarted",
     "WeightPosterior",
+    "pyro_model",
     "run",
     "run_chains",
 ]
