@@ -116,9 +116,10 @@ class WeightPosterior:
 
         Returns:
             The worst over the k places of ``r_hat`` (rank-normalised split R-hat; NaN for one chain), ``ess_bulk`` and
-            ``ess_tail`` (Vehtari et al. 2021, through ArviZ); the mean of each statistic of the run, or the last value of those
-            that say how far it has come; where the method reports them, ``num_diverging`` and the smallest ``e_bfmi`` of the
-            chains' energies (Betancourt 2016, eq. 5). Weighted draws are resampled systematically within their chains first.
+            ``ess_tail`` (Vehtari et al. 2021, through ArviZ); the mean of each statistic of the run, or the last value of
+            those that say how far it has come; where the method reports them, ``num_diverging`` and the smallest ``e_bfmi`` of
+            the chains' energies (Betancourt 2016, eq. 5). Weighted draws are resampled systematically within their chains
+            first.
 
         Raises:
             ValueError: if the shape is another, or weighted chains have different total weights.
