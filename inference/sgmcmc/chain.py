@@ -8,11 +8,15 @@ method of an update.
 No step is rejected: the law is that of the discretised chain, stated for each sampler, which differs from the posterior by
 an order of the step size, plus what the minibatches' noise adds. All chains see the same minibatch, so that a network runs
 on one batch for all of them; each chain's law is right, but chains share the gradients' noise.
+
+A chain that leaves the finite numbers, as too large a step size makes it, stops where its last draw was or would have been,
+with a warning. The result is that of the other chains alone. The run goes on while at least half of the chains do.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +27,7 @@ from torch import Tensor
 
 from bayesnn.checks import check_fields, count, flag, positive
 from bayesnn.configured import Configured
-from bayesnn.data import Data
+from bayesnn.data import BayesnnWarning, Data
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.flat import log_density_and_gradient, ravel, unravel
 from bayesnn.inference.sgmcmc.control_variates import Anchor, Gradient, around, plain
@@ -36,9 +40,10 @@ from bayesnn.inference.target import Target
 
 
 class SGMCMCState(NamedTuple):
-    """The chains' variables, each with C rows; minibatch steps taken; and what the run remembers beside them."""
+    """The chains' variables, each with C rows; which of them go on, (C,); minibatch steps taken; and what else it takes."""
 
     variables: Variables
+    alive: Tensor
     num_updates: Tensor
     minibatches: Minibatches
     noise: Tensor
@@ -140,6 +145,7 @@ class SGMCMC(Configured, ABC):
         empty = position[:, :0]
         return SGMCMCState(
             self.initial_variables(position, generator),
+            torch.ones(self.num_chains, dtype=torch.bool, device=position.device),
             torch.zeros((), dtype=torch.long),
             Minibatches.start(num_rows, self._batch_size(num_rows), self.replacement),
             start_stream(generator),
@@ -156,7 +162,7 @@ class SGMCMC(Configured, ABC):
         """``thinning`` minibatch steps of every chain.
 
         Raises:
-            ValueError: if a chain left the finite numbers.
+            ValueError: if more than half of the chains have left the finite numbers.
         """
         if not self.control_variates:
             return self.advance(plain(target), target.data, state, generator)
@@ -181,7 +187,7 @@ class SGMCMC(Configured, ABC):
         """``thinning`` minibatch steps of every chain with any estimate of the gradient.
 
         Raises:
-            ValueError: if a chain left the finite numbers.
+            ValueError: if more than half of the chains have left the finite numbers.
         """
         with core_for_noise(gradient):
             return self._advance(gradient, data, state, generator)
@@ -204,9 +210,13 @@ class SGMCMC(Configured, ABC):
             chunk = slice(index, index + size)
             batches = None if rows is None else Data(data.X[rows[chunk]], data.Y[rows[chunk]])
             variables, slope = follow(update, gradient, variables, batches, step_sizes[chunk], metric, noises)
-        self._check_finite(variables, first)
+        alive = self._alive(state.alive, variables, first)
+        if not bool(alive.all()):
+            moved = variables
+            variables = {name: _where(alive, moved[name], before) for name, before in state.variables.items()}
+            slope = _where(alive, slope, torch.zeros_like(slope))
         num_updates = state.num_updates + self.thinning
-        state = SGMCMCState(variables, num_updates, minibatches, stream, metric.second_moment, state.anchor)
+        state = SGMCMCState(variables, alive, num_updates, minibatches, stream, metric.second_moment, state.anchor)
         return state, self._info(variables, slope, step_sizes[-1])
 
     def _rows(
@@ -221,14 +231,25 @@ class SGMCMC(Configured, ABC):
     def _noisy(self, first: int, count: int) -> list[bool]:
         return [self.schedule.noisy(step) for step in range(first, first + count)]
 
-    def _check_finite(self, variables: Variables, first: int) -> None:
+    def _alive(self, alive: Tensor, variables: Variables, first: int) -> Tensor:
         finite = torch.stack([torch.isfinite(values).all(-1) for values in variables.values()]).all(0)
-        if not bool(finite.all()):
-            raise ValueError(
-                f"{type(self).__name__}: {int((~finite).sum())} of {self.num_chains} chains left the finite numbers in "
-                f"minibatch steps {first} to {first + self.thinning - 1}, at step size {self.schedule(first):.3g}. "
-                "Use a smaller step_size"
-            )
+        lost, alive = (alive & ~finite).nonzero().flatten().tolist(), alive & finite
+        if not lost:
+            return alive
+        found = (
+            f"{type(self).__name__}: chain{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} left the finite numbers in minibatch "
+            f"steps {first} to {first + self.thinning - 1}, at step size {self.schedule(first):.3g}"
+        )
+        num_alive = int(alive.sum())
+        if 2 * num_alive < self.num_chains:
+            raise ValueError(f"{found}; {num_alive} of {self.num_chains} are left. Use a smaller step_size")
+        warnings.warn(
+            f"{found}. They stop there, and the result will be that of the other {num_alive} of {self.num_chains}. A smaller "
+            "step_size would keep them",
+            BayesnnWarning,
+            stacklevel=2,
+        )
+        return alive
 
     def _info(self, variables: Variables, gradient: Tensor, step_size: Tensor) -> dict[str, Tensor]:
         """Of the last minibatch step, each (C,)."""
@@ -242,14 +263,21 @@ class SGMCMC(Configured, ABC):
     def result(
         self, target: Target, state: SGMCMCState, draws: dict[str, Tensor], infos: dict[str, Tensor]
     ) -> WeightPosterior:
-        """The draws of all chains, chain by chain, weighted by their step sizes if the schedule says so."""
-        position = draws["position"].transpose(0, 1).flatten(0, 1)
+        """The draws of all chains that weren't lost, one after the other, weighted by step sizes if the schedule says so."""
+        num_chains = int(state.alive.sum())
+        position = draws["position"][:, state.alive].transpose(0, 1).flatten(0, 1)
+        statistics = {name: values[:, state.alive] for name, values in infos.items()}
         log_weights = None
         if self.schedule.weighs_draws:
             kept = [index for index in range(self.num_steps) if self._keeps(index)][: len(draws["position"])]
             sizes = position.new_tensor([self.schedule((index + 1) * self.thinning - 1) for index in kept])
-            log_weights = sizes.log().repeat(self.num_chains)
-        return WeightPosterior(unravel(position, target.shapes()), self.num_chains, log_weights, infos)
+            log_weights = sizes.log().repeat(num_chains)
+        return WeightPosterior(unravel(position, target.shapes()), num_chains, log_weights, statistics)
+
+
+def _where(alive: Tensor, values: Tensor, others: Tensor) -> Tensor:
+    """Rows of the one where a chain goes on, of the other where it doesn't."""
+    return torch.where(alive.unsqueeze(-1), values, others)
 
 
 def standard_normal(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -161,25 +161,6 @@ def assert_close(variables, state):
         torch.testing.assert_close(values, state.variables[name], rtol=1e-10, atol=1e-10)
 
 
-def test_chains_that_leave_the_finite_numbers_stop_the_run_and_leave_the_checkpoint(tmp_path):
-    sampler = SGLD(num_chains=3, num_burn_in=0, num_draws=300, thinning=5, step_size=30.0, batch_size=None)
-    states = []
-    with pytest.raises(
-        ValueError, match=r"SGLD: \d of 3 chains left the finite numbers in minibatch steps \d+ to \d+"
-    ) as error:
-        run(
-            sampler,
-            gaussian(),
-            checkpoint=tmp_path / "a",
-            checkpoint_every=1,
-            callbacks=[lambda index, state, info: states.append(state)],
-        )
-    assert "at step size 30. Use a smaller step_size" in str(error.value)
-    assert all(bool(torch.isfinite(state.variables["position"]).all()) for state in states)
-    with pytest.raises(ValueError, match="left the finite numbers"):  # it goes on from the last finite state
-        run(sampler, gaussian(), checkpoint=tmp_path / "a", callbacks=[lambda *_: pytest.fail("repeated a step")])
-
-
 @pytest.mark.parametrize(
     "make,message",
     [
