@@ -16,9 +16,10 @@ import joblib
 import torch
 from torch import Tensor
 
+from bayesnn.checks import count
 from bayesnn.data import BayesnnWarning
 from bayesnn.inference.draws import WeightPosterior
-from bayesnn.inference.run import run
+from bayesnn.inference.run import check_method, run
 
 
 def run_chains(
@@ -30,6 +31,8 @@ def run_chains(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     max_restarts: int = 3,
+    time_budget: float | None = None,
+    progress: bool = False,
 ) -> WeightPosterior:
     """Run a sampler's chains in groups, each in a worker with one thread.
 
@@ -47,25 +50,38 @@ def run_chains(
         checkpoint_every: steps between two writes.
         max_restarts: how often groups are sent out again after a worker died; those that had finished, or have a checkpoint,
             go on from there. (Dask sends them out again by itself.)
+        time_budget: seconds after which each group ends with the draws that it has; of all groups as many are taken as the
+            slowest has. (There is no effective sample size to stop at: groups don't know of each other's draws.)
+        progress: show the progress of the first group, for all.
 
     Returns:
         The draws of all chains, group by group.
 
     Raises:
+        TypeError: if the method has no chains.
         ValueError: if there are fewer chains than groups.
+        TimeoutError: if the time is up before a group's first draw.
         BrokenProcessPool: if workers died more than ``max_restarts`` times.
     """
+    check_method(method)
+    if not hasattr(method, "num_chains"):
+        raise TypeError(f"run_chains needs a method with chains (HMC(), SGHMC() …), found {method!r}: use run")
     total = method.num_chains
-    if not 1 <= num_groups <= total:
+    if not 1 <= count("num_groups", num_groups, least=0) <= total:
         raise ValueError(f"num_groups must lie between 1 and the method's {total} chains, found {num_groups}")
     sizes = [total // num_groups + (index < total % num_groups) for index in range(num_groups)]
     seeds = torch.randint(2**62, (num_groups,), generator=torch.Generator().manual_seed(seed)).tolist()
     folders = [
         None if checkpoint is None else str(Path(checkpoint) / f"group-{index:03d}") for index in range(num_groups)
     ]
+    options = {"checkpoint_every": count("checkpoint_every", checkpoint_every), "time_budget": time_budget}
     tasks = [
-        joblib.delayed(_run_group)(with_num_chains(method, size), target, own, folder, checkpoint_every)
-        for size, own, folder in zip(sizes, seeds, folders, strict=True)
+        joblib.delayed(_run_group)(
+            with_num_chains(method, sizes[index]),
+            target,
+            options | {"seed": seeds[index], "checkpoint": folders[index], "progress": progress and index == 0},
+        )
+        for index in range(num_groups)
     ]
     for restart in range(max_restarts + 1):
         try:
@@ -79,11 +95,12 @@ def run_chains(
     raise AssertionError
 
 
-def _run_group(method: Any, target: Any, seed: int, folder: str | None, checkpoint_every: int) -> WeightPosterior:
+def _run_group(method: Any, target: Any, options: dict[str, Any]) -> WeightPosterior:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return run(method, target, seed=seed, checkpoint=folder, checkpoint_every=checkpoint_every)
+        posterior: WeightPosterior = run(method, target, **options)
+        return posterior
     finally:
         torch.set_num_threads(num_threads)
 
@@ -98,15 +115,20 @@ def with_num_chains(method: Any, num_chains: int) -> Any:
 
 
 def concatenate(posteriors: list[WeightPosterior]) -> WeightPosterior:
-    """Posteriors of separate chains as one."""
+    """Posteriors of separate chains as one; of chains of different lengths, as many draws as the shortest have."""
+    num_draws = min(len(p) // p.num_chains for p in posteriors)
+
+    def chains(posterior: WeightPosterior, values: Tensor) -> Tensor:
+        return posterior.by_chain(values)[:, :num_draws].flatten(0, 1)
 
     def joined(name: str) -> Tensor:
         values = [posterior.statistics[name] for posterior in posteriors]
-        return torch.cat(values, 1) if values[0].dim() == 2 else torch.stack(values, -1)
+        of_draws = values[0].dim() == 2
+        return torch.cat([own[:num_draws] for own in values], 1) if of_draws else torch.stack(values, -1)
 
     first = posteriors[0]
-    parameters = {name: torch.cat([p.sampled[name] for p in posteriors]) for name in first.sampled}
-    log_weights = [p.log_weights for p in posteriors if p.log_weights is not None]
+    parameters = {name: torch.cat([chains(p, p.sampled[name]) for p in posteriors]) for name in first.sampled}
+    log_weights = [chains(p, p.log_weights) for p in posteriors if p.log_weights is not None]
     return WeightPosterior(
         parameters,
         sum(p.num_chains for p in posteriors),

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import warnings
@@ -9,8 +10,19 @@ import torch
 
 from bayesnn import likelihoods, networks, priors
 from bayesnn.data import Data
-from bayesnn.inference import HMC, DeepEnsemble, FunctionTarget, NetworkTarget, WarmStarted, run, run_chains
-from bayesnn.inference.parallel import with_num_chains
+from bayesnn.inference import (
+    HMC,
+    SMC,
+    DeepEnsemble,
+    FunctionTarget,
+    MeanField,
+    NetworkTarget,
+    WarmStarted,
+    WeightPosterior,
+    run,
+    run_chains,
+)
+from bayesnn.inference.parallel import concatenate, with_num_chains
 from bayesnn.inference.sgmcmc import SGHMC, Structured
 
 METHOD = HMC(num_chains=4, num_warmup=10, num_draws=40, num_leapfrog=2)
@@ -103,6 +115,41 @@ def test_chains_of_methods_that_wrap_a_sampler():
 def test_more_groups_than_chains(num_groups):
     with pytest.raises(ValueError, match="num_groups must lie between 1 and the method's 4 chains"):
         run_chains(METHOD, normal_target(), num_groups=num_groups)
+
+
+@pytest.mark.parametrize("method", [SMC(), DeepEnsemble(), MeanField()])
+def test_methods_without_chains(method):
+    with pytest.raises(TypeError, match=f"run_chains needs a method with chains .*found {type(method).__name__}"):
+        run_chains(method, normal_target(), num_groups=2)
+    with pytest.raises(TypeError, match="found the class HMC"):
+        run_chains(HMC, normal_target(), num_groups=2)
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
+        run_chains(METHOD, normal_target(), num_groups=2, checkpoint_every=0)
+
+
+def test_time_budget_and_progress(capfd):
+    method = dataclasses.replace(METHOD, num_chains=3, num_draws=10**6)
+    with joblib.parallel_config(backend="sequential"):
+        posterior = run_chains(method, normal_target(), num_groups=2, seed=1, time_budget=0.3, progress=True)
+    length = len(posterior) // 3
+    assert posterior.num_chains == 3 and 1 <= length < 10**6
+    assert posterior.statistics["acceptance"].shape == (length, 3)
+    assert capfd.readouterr().err.count("\n") == 1  # one bar
+    # A chain's draws are those that it has without a limit.
+    with joblib.parallel_config(backend="sequential"):
+        whole = run_chains(dataclasses.replace(method, num_draws=length), normal_target(), num_groups=2, seed=1)
+    assert_equal(posterior, whole)
+
+
+def test_chains_of_different_lengths():
+    def chain(num_chains, num_draws):
+        x = torch.arange(float(num_draws)).repeat(num_chains)
+        return WeightPosterior({"x": x}, num_chains, x, {"energy": x.reshape(num_chains, -1).T})
+
+    posterior = concatenate([chain(2, 5), chain(1, 3)])
+    assert posterior.num_chains == 3 and posterior.log_weights.tolist() == [0, 1, 2] * 3
+    assert posterior.parameters["x"].tolist() == [0, 1, 2] * 3
+    assert posterior.statistics["energy"].T.flatten().tolist() == [0, 1, 2] * 3
 
 
 def test_one_group_is_a_run():
