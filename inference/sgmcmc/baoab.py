@@ -28,6 +28,10 @@ from bayesnn.inference.sgmcmc.chain import SGMCMC, Variables, standard_normal
 class BAOAB(SGMCMC):
     r"""BAOAB Langevin dynamics.
 
+    The stationary law of the positions is the target's but for an error of second order in the step size, and a Gaussian
+    target itself while :math:`\epsilon^2 S P S < 4` (see the module's equations); minibatches widen it by a factor of about
+    :math:`1 + \epsilon V / (2\gamma)`, V being the variance of an entry of S g.
+
     Args:
         num_chains: chains, vectorised; 4 so that R-hat can be trusted.
         num_burn_in: minibatch steps that are thrown away, rounded up to a multiple of ``thinning``.
@@ -41,6 +45,7 @@ class BAOAB(SGMCMC):
         friction: gamma; momentum is forgotten over 1 / (gamma epsilon) steps. 10 is our choice, as for SGHMC.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if a count, step size or friction isn't positive, or the schedule doesn't go with ``thinning``.
     """
 

@@ -53,7 +53,10 @@ class SGMCMCState(NamedTuple):
 
 @dataclass(frozen=True)
 class SGMCMC(Configured, ABC):
-    """A method made of an update; see the samplers for the arguments."""
+    """A method made of an update; see the samplers for the arguments.
+
+    The stationary law is the update's, without correction: each sampler states its own.
+    """
 
     num_chains: int = 4
     num_burn_in: int = 2000
@@ -236,16 +239,17 @@ class SGMCMC(Configured, ABC):
         lost, alive = (alive & ~finite).nonzero().flatten().tolist(), alive & finite
         if not lost:
             return alive
+        chains = ("chain " if len(lost) == 1 else "chains ") + ", ".join(map(str, lost))
         found = (
-            f"{type(self).__name__}: chain{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} left the finite numbers in minibatch "
-            f"steps {first} to {first + self.thinning - 1}, at step size {self.schedule(first):.3g}"
+            f"{type(self).__name__}: {chains} left the finite numbers in minibatch steps {first} to "
+            f"{first + self.thinning - 1}, at step size {self.schedule(first):.3g}"
         )
         num_alive = int(alive.sum())
         if 2 * num_alive < self.num_chains:
             raise ValueError(f"{found}; {num_alive} of {self.num_chains} are left. Use a smaller step_size")
         warnings.warn(
-            f"{found}. They stop there, and the result will be that of the other {num_alive} of {self.num_chains}. A smaller "
-            "step_size would keep them",
+            f"{found}. The result will be that of the other {num_alive} of {self.num_chains}. Use a smaller step_size to keep "
+            "them all",
             BayesnnWarning,
             stacklevel=2,
         )

@@ -36,6 +36,7 @@ class RMS(Configured, saved_as="RMSPreconditioner"):
         floor: :math:`\lambda`, relative to the mean of :math:`\sqrt{\hat V}` over a chain's parameters; 1e-3 is our choice.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if decay is outside [0, 1) or floor isn't positive.
     """
 

@@ -51,6 +51,7 @@ class Constant(Schedule, saved_as="ConstantSchedule"):
         value: the step size.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if it isn't a positive number.
     """
 
@@ -80,6 +81,7 @@ class Polynomial(Schedule, saved_as="PolynomialSchedule"):
         gamma: the power, in (0.5, 1]; 0.55 is the paper's.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if a or b isn't positive, or gamma is outside (0.5, 1].
     """
 
@@ -117,6 +119,7 @@ class Cosine(Schedule, saved_as="CosineSchedule"):
         num_steps: minibatch steps of the decay.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if a step size isn't positive, or num_steps isn't at least 1.
     """
 
@@ -157,6 +160,7 @@ class Cyclical(Schedule, saved_as="CyclicalSchedule"):
         noise_in_exploration: inject noise while exploring, too.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if the step size isn't positive, or a cycle has no sampling phase.
     """
 

@@ -35,6 +35,10 @@ from bayesnn.inference.sgmcmc.chain import SGMCMC, Variables, standard_normal
 class SGHMC(SGMCMC):
     r"""Stochastic-gradient Hamiltonian Monte Carlo.
 
+    The stationary law is the target's but for an error of second order in the step size: for :math:`N(\mu, P^{-1})` it is
+    :math:`N(\mu, (P - \tfrac{h^2}{4 - 2f} P S^2 P)^{-1})`, :math:`h^2 = \epsilon^2 / m`, :math:`f = \epsilon C / m` (see the
+    module's equations); minibatches widen it by a factor of about :math:`1 + \epsilon V / (2C)`.
+
     Args:
         num_chains: chains, vectorised; 4 so that R-hat can be trusted.
         num_burn_in: minibatch steps that are thrown away, rounded up to a multiple of ``thinning``.
@@ -53,6 +57,7 @@ class SGHMC(SGMCMC):
         symplectic: momentum first.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if a count, step size, friction or mass isn't positive, the schedule doesn't go with ``thinning``, the
             friction stops the momentum in less than a step (C epsilon >= m), or the estimated noise of the gradient is more
             than the friction takes away (epsilon beta >= 2 C).

@@ -26,7 +26,11 @@ from bayesnn.inference.sgmcmc.schedules import Schedule
 
 @dataclass(frozen=True)
 class SGLD(SGMCMC):
-    """Stochastic-gradient Langevin dynamics; with ``preconditioner=RMS()``, pSGLD.
+    r"""Stochastic-gradient Langevin dynamics; with ``preconditioner=RMS()``, pSGLD.
+
+    The stationary law is the target's but for an error of first order in the step size: for :math:`N(\mu, P^{-1})` it is
+    :math:`N(\mu, (P - \tfrac{\epsilon}{2} P S^2 P)^{-1})`, too wide, and minibatches widen it by about
+    :math:`\epsilon S V S / 2` (see the module's equations).
 
     Args:
         num_chains: chains, vectorised; 4 so that R-hat can be trusted.
@@ -40,6 +44,7 @@ class SGLD(SGMCMC):
         control_variates: centre the gradient's estimate at each chain's mean position over the second half of burn-in.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if a count or step size isn't positive, or the schedule doesn't go with ``thinning``.
     """
 

@@ -57,6 +57,10 @@ SMALL = 1e-12  # in place of a friction of zero, by which the noise's variance w
 class SGNHT(SGMCMC):
     r"""Stochastic-gradient Nosé–Hoover thermostat, one for each chain.
 
+    The stationary law is :math:`\pi(\theta)\, N(r; 0, I)\, N(\xi; A + B, 1/P)` but for an error of second order in the step
+    size, if the gradient's noise is white, of the same strength B for all parameters, and unknown (see the module's
+    equations). Minibatches of reshuffled epochs aren't white: with them it is too narrow.
+
     Args:
         num_chains: chains, vectorised; 4 so that R-hat can be trusted.
         num_burn_in: minibatch steps that are thrown away, rounded up to a multiple of ``thinning``; the thermostat is held
@@ -73,6 +77,7 @@ class SGNHT(SGMCMC):
             for SGHMC. The thermostat relaxes over about (A + B) / epsilon steps.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if a count, step size or friction isn't positive, or the schedule doesn't go with ``thinning``.
     """
 

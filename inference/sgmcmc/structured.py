@@ -53,7 +53,12 @@ class StructuredState(NamedTuple):
 
 @dataclass(frozen=True)
 class Structured(Configured):
-    """A stochastic-gradient sampler of the structured energy.
+    r"""A stochastic-gradient sampler of the structured energy.
+
+    The stationary law is the base sampler's, of the structured energy in place of the posterior's: for a Gaussian
+    :math:`N(\mu, \Lambda^{-1})` it is :math:`N(\mu, (D + \rho(\Lambda - D))^{-1})`, D being the diagonal blocks of
+    :math:`\Lambda`, with :math:`\rho = 0` without dropout (see the module's equations). It is too narrow where groups depend
+    on each other.
 
     Args:
         base: any stochastic-gradient sampler without control variates; its own arguments say how many chains, steps, draws.
@@ -69,6 +74,7 @@ class Structured(Configured):
             chain's, in the order of time; what its ``draws`` gives (and a ``BNN`` predicts with) is mixed. False: nothing is.
 
     Raises:
+        TypeError: if a setting is of the wrong type.
         ValueError: if a count isn't positive, dropout isn't in (0, 1], the groups are unknown, or the base has control
             variates; at the start of a run, if a pattern matches no parameter or a parameter no pattern.
     """

@@ -1,12 +1,13 @@
 """The stationary law of every affine update against its documented closed form, without simulation."""
 
+import inspect
 import math
 
 import pytest
 import torch
 from oracles import affine_map, stationary_law
 
-from bayesnn.inference import BAOAB, SGHMC, SGLD, SGNHT
+from bayesnn.inference import BAOAB, SGHMC, SGLD, SGNHT, Structured
 
 PRECISION = torch.tensor([[2.0, 1.2, 0.0], [1.2, 3.0, -0.7], [0.0, -0.7, 0.5]], dtype=torch.float64)
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -115,6 +116,18 @@ def test_gradient_noise_widens_sgld_to_first_order():
     for step_size in (1e-3, 1e-4):
         noisy, exact = law(SGLD(), step_size, SCALE, gradient_noise=2.0)[1], law(SGLD(), step_size, SCALE)[1]
         torch.testing.assert_close((noisy / exact - 1) / step_size, torch.full((3, 3), 2.0).double(), rtol=1e-2, atol=0)
+
+
+def test_gradient_noise_heats_baoab_by_the_documented_factor():
+    for step_size in (1e-2, 1e-3):
+        noisy, exact = (law(BAOAB(friction=2.0), step_size, SCALE, gradient_noise=std)[1][:3, :3] for std in (3.0, 0.0))
+        excess = (noisy.diagonal() / exact.diagonal() - 1) / step_size
+        torch.testing.assert_close(excess, torch.full((3,), 9.0 / (2 * 2.0)).double(), rtol=3 * step_size, atol=0)
+
+
+@pytest.mark.parametrize("sampler", [SGLD, SGHMC, BAOAB, SGNHT, Structured])
+def test_help_states_the_law(sampler):
+    assert "stationary law" in inspect.getdoc(sampler).partition("Args:")[0]
 
 
 @pytest.mark.parametrize(
