@@ -98,7 +98,8 @@ class PyroTarget:
 
     def _log_density(self, parameters: Parameters) -> Tensor:
         sites = self.constrain(parameters)
-        total: Tensor = pyro.poutine.trace(pyro.poutine.condition(self._model, sites)).get_trace().log_prob_sum()
+        trace = pyro.poutine.trace(pyro.poutine.condition(self._model, sites)).get_trace()
+        total = torch.as_tensor(trace.log_prob_sum())
         for name, transform in self._transforms.items():
             total = total - transform.log_abs_det_jacobian(sites[name], parameters[name]).sum()
         return total
