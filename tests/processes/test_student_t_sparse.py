@@ -12,13 +12,16 @@ from gpytorch.kernels import RBFKernel
 from torch.distributions import Categorical as CategoricalDistribution
 
 from bayesnn import Model, likelihoods
-from bayesnn.data import Data
+from bayesnn.data import Data, minibatch
+from bayesnn.inference.optimizer import adam_init
 from bayesnn.inference.run import run
 from bayesnn.processes import VariationalStudentTProcess
 from bayesnn.processes.scale_mixtures import InverseGamma
 from bayesnn.processes.variational_student_t import (
+    SparseState,
     SparseStudentT,
     SparseTarget,
+    _unpack,
     divergence,
     inverse_gamma_divergence,
 )
@@ -148,17 +151,47 @@ def test_posterior_and_prediction_agree_and_share_the_scale():
     assert abs(float((products.mean() - expected) / (products.std() / math.sqrt(len(products))))) < 4
 
 
-def test_marginal_scales_of_predictions_are_the_posterior_s():
-    model, new = fitted(), three_classes(4, seed=2)[0]
+def heavy_tailed():
+    """With 2.4 degrees of freedom, where it matters which values share a scale."""
+    twin = copy.copy(fitted())
+    twin._variational = fitted()._variational | {"log_shape": torch.tensor(1.2).double().log()}
+    return twin
+
+
+def test_marginals_of_predictions_are_the_posterior_s():
+    model, new = heavy_tailed(), 2 * three_classes(6, seed=2)[0]
     posterior = model.posterior(new)
-    logits = with_draws(model, 40_000).predict(new).components.logits
-    centred = logits.squeeze(-2) - logits.squeeze(-2).logsumexp(-1, keepdim=True)
-    contrast = (centred[..., 0] - centred[..., 1]).double()  # shifts of all logits cancel
+    logits = with_draws(model, 40_000).predict(new).components.logits.squeeze(-2)
+    contrast = logits[..., 0] - logits[..., 1]  # shifts of all logits cancel
     loc = posterior.loc[:, 0] - posterior.loc[:, 1]
     scale = posterior.scale.diagonal(dim1=-2, dim2=-1)
     standard = (contrast - loc) / (scale[0] + scale[1]).sqrt()
-    for point in range(4):
+    for point in range(6):
         assert scipy.stats.kstest(standard[:, point].numpy(), scipy.stats.t(posterior.df).cdf).pvalue > 1e-4
+
+
+def test_the_bound_is_of_classes_that_share_a_scale():
+    """The step's estimate against draws of the posterior, whose sharing is tested above."""
+    model, (X, labels) = heavy_tailed(), three_classes(12, seed=7)
+    count = 20_000
+    data = Data(model._scaled(X), labels.unsqueeze(-1))
+    target = SparseTarget(data, model._covariances.kernel, likelihoods.Categorical(3), 2.0)
+    state = SparseState(model._variational, adam_init(model._variational))
+    found, estimates = [], []
+    for batch_size in (None, 5):
+        method = SparseStudentT(num_samples=count, batch_size=batch_size)
+        rows = minibatch(data, batch_size, torch.Generator().manual_seed(0))
+        found.append(method.step(target, state, torch.Generator().manual_seed(0))[1].elbo)
+        posterior = model._latent(rows.X.unsqueeze(1))
+        draws = posterior.rsample(torch.Size([count]), generator=torch.Generator().manual_seed(1)).squeeze(-2)
+        fits = 12 / len(rows) * CategoricalDistribution(logits=draws).log_prob(rows.Y.squeeze(-1)).sum(-1)
+        estimates.append((fits.mean(), fits.std() / math.sqrt(count)))
+    prior = model._variational["log_prior_ratio"].exp() * 2.0
+    q = _unpack(model._variational, 2.0)
+    penalty = divergence(q.mean, q.root, q.shape, q.scale, torch.tensor(2.0).double(), prior)
+    for elbo, (fit, error) in zip(found, estimates, strict=True):
+        assert abs(float((elbo + penalty - fit) / (math.sqrt(2) * error))) < 4
+        assert error < 0.02 * abs(fit)
 
 
 def test_classifies_and_doubts_far_away():
