@@ -2,7 +2,8 @@
 
 from bayesnn.processes.gaussian import NNGP
 from bayesnn.processes.neural import ConditionalNeuralProcess
+from bayesnn.processes.scale_mixture_process import ScaleMixtureProcess
 from bayesnn.processes.student_t import StudentTProcess
 from bayesnn.processes.variational_student_t import VariationalStudentTProcess
 
-__all__ = ["NNGP", "ConditionalNeuralProcess", "StudentTProcess", "VariationalStudentTProcess"]
+__all__ = ["NNGP", "ConditionalNeuralProcess", "ScaleMixtureProcess", "StudentTProcess", "VariationalStudentTProcess"]

@@ -176,24 +176,38 @@ def inflation(prior: MixturePrior, known: Conditioned) -> Tensor:
     return (2 * prior.shape + known.squared_distance) / (2 * prior.shape + known.size)
 
 
+def gaussian(prior: MixturePrior, known: Conditioned, X: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The Gaussian process of covariance :math:`\Sigma` at X (*batch, q, d).
+
+    Returns:
+        Its mean (*batch, q, m) and the covariance of each output (*batch, m, q, q).
+    """
+    cross, shift = _project(prior, known, X)
+    covariance, loc = prior.covariance(X, X) - cross.mT @ cross, prior.mean + shift.mT
+    return loc, covariance.expand(*loc.shape[:-2], *covariance.shape[-3:])
+
+
+def gaussian_marginals(prior: MixturePrior, known: Conditioned, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Its means and variances at each point alone, (*batch, q, m) both."""
+    cross, shift = _project(prior, known, X)
+    loc, var = prior.mean + shift.mT, (prior.variance(X) - cross.square().sum(-2)).clamp_min(0).mT
+    return loc, var.expand_as(loc)
+
+
 def predict(prior: MixturePrior, known: Conditioned, X: Tensor) -> StudentT:
     r"""The posterior of f at X (*batch, q, d), a joint multivariate t with 2a + n degrees of freedom.
 
     .. math:: \mu = c + k_*^\top \Sigma^{-1} (y - c), \qquad
               S = \frac{2a + d^2}{2a + n} \left(K_{**} - k_*^\top \Sigma^{-1} k_*\right).
     """
-    cross, shift = _project(prior, known, X)
-    scale = inflation(prior, known)[..., None, None] * (prior.covariance(X, X) - cross.mT @ cross)
-    loc = prior.mean + shift.mT
-    return StudentT(loc, scale.expand(*loc.shape[:-2], *scale.shape[-3:]), 2 * prior.shape + known.size)
+    loc, covariance = gaussian(prior, known, X)
+    return StudentT(loc, inflation(prior, known)[..., None, None] * covariance, 2 * prior.shape + known.size)
 
 
 def predict_marginals(prior: MixturePrior, known: Conditioned, X: Tensor) -> tuple[Tensor, Tensor]:
     """Locations and squared scales of f at each point alone, (*batch, q, m) both; no q x q matrix is formed."""
-    cross, shift = _project(prior, known, X)
-    left = (prior.variance(X) - cross.square().sum(-2)).clamp_min(0)
-    loc, var = prior.mean + shift.mT, (inflation(prior, known).unsqueeze(-1) * left).mT
-    return loc, var.expand_as(loc)
+    loc, var = gaussian_marginals(prior, known, X)
+    return loc, inflation(prior, known).unsqueeze(-2) * var
 
 
 class StudentTPredictive(Predictive):
@@ -334,10 +348,10 @@ class StudentTProcess(Model):
         self._prior = prior.eval().requires_grad_(False)
         self._known = _seen(self._prior, data)
 
-    def _latent(self, X: Tensor) -> StudentT:
+    def _latent(self, X: Tensor) -> Posterior:
         return _of_dtype(predict(self._prior, self._known, X.double()), X.dtype)
 
-    def _observations(self, latent: Posterior, X: Tensor) -> StudentT:
+    def _observations(self, latent: Posterior, X: Tensor) -> Any:
         """Function and noise under one chi-squared variable."""
         assert isinstance(latent, StudentT)
         noise = inflation(self._prior, self._known) * self._prior.noise_var

@@ -6,6 +6,7 @@ at every point, in every t-batch element and in every later call:
 * :class:`FunctionDraws`: weighted draws of whole functions (networks, ensembles, particles);
 * :class:`Gaussian`: BoTorch's ``GPyTorchPosterior``, so that everything specific to GPs works natively;
 * :class:`StudentT`: multivariate t, one chi-squared variable per function;
+* :class:`ScaleMixture`: a Gaussian with a random factor of its covariance, known through weighted draws;
 * :class:`Copula`: marginals of any shape (a histogram, a Gaussian) tied together by a Gaussian copula;
 * :func:`gaussian_view`: any of them, moment-matched to a Gaussian, for acquisition functions that insist.
 """
@@ -13,6 +14,7 @@ at every point, in every t-batch element and in every later call:
 from bayesnn.posteriors.copula import Copula, correlation_root
 from bayesnn.posteriors.draws import FunctionDraws, FunctionSampler, function_draws
 from bayesnn.posteriors.gaussian import Gaussian
+from bayesnn.posteriors.scale_mixture import ScaleMixture
 from bayesnn.posteriors.student_t import StudentT
 from bayesnn.posteriors.view import gaussian_view
 
@@ -21,6 +23,7 @@ __all__ = [
     "FunctionDraws",
     "FunctionSampler",
     "Gaussian",
+    "ScaleMixture",
     "StudentT",
     "correlation_root",
     "function_draws",

@@ -7,6 +7,7 @@ from botorch.posteriors import GPyTorchPosterior, Posterior
 from bayesnn.posteriors.copula import Copula
 from bayesnn.posteriors.draws import FunctionDraws
 from bayesnn.posteriors.gaussian import Gaussian
+from bayesnn.posteriors.scale_mixture import ScaleMixture
 from bayesnn.posteriors.student_t import StudentT
 
 
@@ -22,7 +23,7 @@ def gaussian_view(posterior: Posterior) -> Gaussian:
         centred = (posterior.values - posterior.mean.unsqueeze(-3)).movedim(-1, -3)  # (*batch, m, S, q)
         weights = posterior.weights.squeeze(-1).unsqueeze(-3)
         covariance = centred.mT @ (weights * centred)
-    elif isinstance(posterior, StudentT):
+    elif isinstance(posterior, StudentT | ScaleMixture):
         covariance = posterior.scale * (
             posterior.variance / posterior.scale.diagonal(dim1=-2, dim2=-1).mT
         ).mT.unsqueeze(-1)
