@@ -146,7 +146,8 @@ class Concatenation(Configured):
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """The mean of what the branches give."""
         total = _added(_outputs(self.branches, covariance, variances))
-        return total.map(lambda values: values / len(self.branches))
+        gaussian = total.gaussian and len(self.branches) == 1
+        return total.map(lambda values: values / len(self.branches), gaussian=gaussian)
 
 
 def serial(*layers: Layer) -> Sequential:
@@ -217,6 +218,11 @@ def _combined(left: Covariance, right: Covariance, operation: Callable[[Tensor, 
         raise ValueError(
             "branches must end alike: found one whose outputs have positions beside one whose outputs have none"
         )
+    sizes = [tuple(each.first.shape[each.first.dim() - each.num_trailing :]) for each in (left, right)]
+    if sizes[0] != sizes[1]:
+        here, there = (size[:: 2 if left.pairs else 1] for size in sizes)
+        raise ValueError(f"branches must end with the same positions, found {here} beside {there}")
+    left = left.replace(gaussian=left.gaussian and right.gaussian)
     between = operation(left.between, right.between)
     tangent = None
     if left.tangent is not None and right.tangent is not None:

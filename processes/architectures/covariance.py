@@ -33,6 +33,8 @@ class Covariance:
         pairs: whether covariances are of pairs of positions.
         itself: whether every pair is an input with itself, so that ``between``, ``first`` and ``second`` are the same. Duals
             are exact there.
+        gaussian: whether channels are Gaussian with these covariances, as after a layer with weights: what duals of
+            activations assume.
         graphs: adjacency matrices of both sets, (*batch, n, 1, v, v) and (*batch, 1, m, v, v), where inputs are graphs.
     """
 
@@ -43,6 +45,7 @@ class Covariance:
     num_positions: int = 0
     pairs: bool = False
     itself: bool = False
+    gaussian: bool = False
     graphs: tuple[Tensor, Tensor] | None = None
 
     def replace(self, **changes: object) -> Covariance:
@@ -106,10 +109,15 @@ def of_inputs(x1: Tensor, x2: Tensor, num_positions: int = 0, pairs: bool = Fals
     return Covariance(between, first, second, torch.zeros_like(between) if tangent else None, num_positions, pairs)
 
 
-def of_each_with_itself(x: Tensor, num_positions: int = 0, pairs: bool = False, tangent: bool = False) -> Covariance:
-    """The same for n inputs, each with itself only: all is (*batch, n, 1, *positions)."""
+def of_each_with_itself(
+    x1: Tensor, x2: Tensor | None = None, num_positions: int = 0, pairs: bool = False, tangent: bool = False
+) -> Covariance:
+    """The same for n inputs, each with itself only: all is (*batch, n, 1, *positions).
+
+    Equal inputs may come as two tensors, which then share the gradient.
+    """
     num_trailing = num_positions * (2 if pairs else 1)
-    own = _products(x, x, "nn", num_positions, pairs).unsqueeze(-1 - num_trailing)
+    own = _products(x1, x1 if x2 is None else x2, "nn", num_positions, pairs).unsqueeze(-1 - num_trailing)
     return Covariance(own, own, own, torch.zeros_like(own) if tangent else None, num_positions, pairs, itself=True)
 
 

@@ -46,6 +46,11 @@ class Layer(Protocol):
         ...
 
 
+def needs_pairs(architecture: Layer) -> bool:
+    """Whether its kernels need covariances between different positions of inputs, not only at equal ones."""
+    return architecture.mixes_positions()
+
+
 class Plain(Configured):
     """A layer without weights that takes each position by itself."""
 
@@ -108,7 +113,7 @@ def check_variances(weight_var: float, bias_var: float) -> None:
 def with_weights(covariance: Covariance, weight_var: Tensor, bias_var: Tensor) -> Covariance:
     """K' = w K + b, Theta' = K' + w Theta, for K and Theta averaged already over the inputs that share weights."""
     w, b = covariance.broadcast(weight_var), covariance.broadcast(bias_var)
-    new = covariance.map(lambda values: torch.addcmul(b, w, values))
+    new = covariance.map(lambda values: torch.addcmul(b, w, values), gaussian=True)
     if covariance.tangent is None:
         return new
     return new.replace(tangent=torch.addcmul(new.between, w, covariance.tangent))
@@ -131,7 +136,17 @@ class Activation(Plain):
         dual_activation(self.function)
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
-        """K' = kappa(K), Theta' = kappa_dot(K) Theta."""
+        """K' = kappa(K), Theta' = kappa_dot(K) Theta.
+
+        Raises:
+            ValueError: if no layer with weights makes its inputs Gaussian.
+        """
+        if not covariance.gaussian:
+            raise ValueError(
+                "Activation needs a layer with weights between it and the inputs, the activation, Flatten, Concatenation or "
+                "Dropout before it: only Gaussian channels of one variance have a known covariance after it"
+            )
+        covariance = covariance.replace(gaussian=False)
         dual = dual_activation(self.function)
         if covariance.pairs:
             return _at_pairs(dual, covariance)
@@ -187,6 +202,9 @@ def _equal(values: Tensor, num_positions: int) -> Tensor:
 class LayerNorm(Plain):
     """Normalise over channels, at each position, without trained scales: K' = K / sqrt(K_11 K_22).
 
+    After a layer with weights, the mean over channels vanishes as the width grows, so that it makes no difference whether it
+    is subtracted. Elsewhere it does: here it isn't.
+
     Args:
         epsilon: added to the variances, as in a finite network, where it keeps an input of zeros from dividing by zero.
     """
@@ -236,11 +254,12 @@ class Dropout(Plain):
                 return values / self.keep
             return torch.where(_equal(values, covariance.num_positions), values / self.keep, values)
 
+        gaussian = covariance.gaussian and self.keep == 1
         if covariance.itself:
             first, tangent = own(covariance.first), covariance.tangent
             tangent = None if tangent is None else own(tangent)
-            return covariance.replace(between=first, first=first, second=first, tangent=tangent)
-        return covariance.replace(first=own(covariance.first), second=own(covariance.second))
+            return covariance.replace(between=first, first=first, second=first, tangent=tangent, gaussian=gaussian)
+        return covariance.replace(first=own(covariance.first), second=own(covariance.second), gaussian=gaussian)
 
 
 @dataclass(frozen=True)
@@ -264,4 +283,5 @@ class Flatten(Configured):
             values = at_equal_positions(values, num) if covariance.pairs else values
             return values.mean(dims) if num else values
 
-        return covariance.map(mean, num_positions=0, pairs=False)
+        gaussian = covariance.gaussian and num == 0
+        return covariance.map(mean, num_positions=0, pairs=False, gaussian=gaussian)
