@@ -6,9 +6,10 @@ import warnings
 
 from bayesnn.data import BayesnnWarning
 from bayesnn.processes.dual_activations.base import DualActivation
+from bayesnn.processes.dual_activations.error_functions import GELU, Erf, Gaussian
+from bayesnn.processes.dual_activations.exponentials import RBF, Cos, Exp, Sin
 from bayesnn.processes.dual_activations.numerical import FUNCTIONS, Numerical
 from bayesnn.processes.dual_activations.piecewise_linear import Abs, Identity, LeakyReLU, ReLU, Sign
-from bayesnn.processes.dual_activations.smooth import GELU, RBF, Cos, Erf, Exp, Gaussian, Sin
 
 _CLOSED_FORMS: dict[str, type[DualActivation]] = {
     dual.name: dual for dual in (Identity, ReLU, LeakyReLU, Abs, Sign, Erf, GELU, Sin, Cos, Exp, Gaussian, RBF)

@@ -85,6 +85,18 @@ def test_hyperparameters_at_coincident_points(name: str) -> None:
             assert slope.item() == pytest.approx(expected.item(), rel=1e-7, abs=1e-8)
 
 
+@pytest.mark.parametrize("name", WITHOUT_JUMPS)
+def test_covariances_above_their_bound_by_rounding(name: str) -> None:
+    var, cov = scalars(0.8, 0.8 * (1 + 1e-15))
+    inputs = [value.requires_grad_() for value in (var, var.clone(), cov)]
+    grads = torch.autograd.grad(CASES[name].kappa(*inputs), inputs, allow_unused=True)
+    at_bound = [value.detach().clone().requires_grad_() for value in (var, var, var)]
+    expected = torch.autograd.grad(CASES[name].kappa(*at_bound), at_bound, allow_unused=True)
+    for grad, exact in zip(grads, expected, strict=True):
+        assert (grad is None) == (exact is None)
+        assert grad is None or grad.item() == pytest.approx(exact.item(), rel=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
 def test_finite_everywhere(name: str, dtype: torch.dtype) -> None:
