@@ -113,9 +113,9 @@ def nystrom(
 
 
 def ridge_leverage_scores(
-    kernel: KernelFunction, X: Tensor, sample: Tensor, weights: Tensor, ridge: Tensor | float
-) -> Tensor:
-    r"""Approximate diagonal of :math:`K (K + \lambda)^{-1}` from a weighted sample S of rows (Musco & Musco 2017, eq. 6).
+    kernel: KernelFunction, X: Tensor, sample: Tensor, weights: Tensor
+) -> Callable[[float], Tensor]:
+    r"""Approximate diagonals of :math:`K (K + \lambda)^{-1}` from a weighted sample S of rows (Musco & Musco 2017, eq. 6).
 
     .. math:: \frac1\lambda \left(K - K S (S^T K S + \lambda)^{-1} S^T K\right)_{ii},
 
@@ -126,16 +126,15 @@ def ridge_leverage_scores(
         X: (n, d).
         sample: (s, d).
         weights: (s,), one over the root of the probability with which a row came into the sample.
-        ridge: lambda, positive.
 
     Returns:
-        (n,), within 0 and 1.
+        The scores (n,), within 0 and 1, as a function of the ridge, positive; O(n s) each.
     """
-    inner = weights.unsqueeze(-1) * to_dense(kernel(sample, sample)) * weights
-    inner = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-    cross = weights.unsqueeze(-1) * to_dense(kernel(sample, X))
-    explained = (cross * torch.linalg.solve(inner, cross)).sum(-2)
-    return ((_matrix(kernel, X).diagonal(dim1=-2, dim2=-1) - explained) / ridge).clamp(0, 1)
+    values, vectors = torch.linalg.eigh(weights.unsqueeze(-1) * to_dense(kernel(sample, sample)) * weights)
+    values = values.clamp_min(0).unsqueeze(-1)
+    squares = (vectors.mT @ (weights.unsqueeze(-1) * to_dense(kernel(sample, X)))).square()
+    variances = _matrix(kernel, X).diagonal(dim1=-2, dim2=-1)
+    return lambda ridge: ((variances - (squares / (values + ridge)).sum(-2)) / ridge).clamp(0, 1)
 
 
 def _by_leverage(kernel: KernelFunction, X: Tensor, order: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -145,22 +144,43 @@ def _by_leverage(kernel: KernelFunction, X: Tensor, order: Tensor, count: int, g
         size = (size + 1) // 2
     chosen, weights = order[: min(size, count)], X.new_ones(min(size, count))
     while True:
-        weighted = weights.unsqueeze(-1) * to_dense(kernel(X[chosen], X[chosen])) * weights
-        values = torch.linalg.eigvalsh(weighted)
-        # What half of the landmarks could not explain, shared by them.
-        least = values.sum() * torch.finfo(values.dtype).eps ** 0.5
-        ridge = torch.maximum(values[: (len(values) + 1) // 2].clamp_min(0).sum(), least) / max(1, count // 2)
         candidates = order[:size]
-        scores = ridge_leverage_scores(kernel, X[candidates], X[chosen], weights, ridge)
-        scores = scores + torch.finfo(scores.dtype).tiny ** 0.5  # all remain possible
-        index = torch.multinomial(scores.to(generator.device), count, generator=generator).to(X.device)
+        probability = _inclusion(ridge_leverage_scores(kernel, X[candidates], X[chosen], weights), count)
+        index = _systematic_sample(probability, count, generator)
         if size == len(order):
             return candidates[index]
-        chosen = candidates[index]
-        weights = (count * scores[index] / scores.sum()).clamp_max(1).rsqrt()
+        chosen, weights = candidates[index], probability[index].rsqrt()
         size = min(2 * size, len(order))
+
+
+def _inclusion(scores: Callable[[float], Tensor], count: int) -> Tensor:
+    """Probabilities in proportion to scores, up to 1, that sum to ``count``.
+
+    At the ridge where the scores themselves do, if there is one (our choice): rows that no others explain are sure to be in.
+    """
+    values = _of_sum(lambda precision: scores(1 / precision), count)
+    values = values + torch.finfo(values.dtype).eps  # all remain possible
+    return _of_sum(lambda factor: (factor * values).clamp_max(1), count)
+
+
+def _of_sum(function: Callable[[float], Tensor], total: float) -> Tensor:
+    """The values of an increasing function where they sum to ``total``, by bisection of its argument's logarithm."""
+    low, high = -30.0, 30.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(function(10.0**middle).sum()) < total else (low, middle)
+    return function(10.0**high)
+
+
+def _systematic_sample(probability: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` different indices, each with its probability; these sum to ``count``, and are in random order."""
+    start = torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device).to(probability.device)
+    ends = probability.double().cumsum(-1)
+    ends = ends * (count / ends[-1])
+    marks = start + torch.arange(count, dtype=torch.float64, device=probability.device)
+    return torch.searchsorted(ends, marks, right=True).clamp_max(len(ends) - 1).unique()
 
 
 def _matrix(kernel: KernelFunction, X: Tensor) -> Any:
     """Its kernel matrix, of which nothing is computed yet."""
-    return kernel(X) if isinstance(kernel, Kernel) else KernelLinearOperator(X, X, covar_func=kernel)  # type: ignore[call-arg]
+    return kernel(X) if isinstance(kernel, Kernel) else KernelLinearOperator(X, X, covar_func=kernel)

@@ -69,27 +69,27 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_averages_over_wide_networks_are_the_limits() -> None:
-    found = monte_carlo_kernel(network(256, 8), X, None, 150, seeded())
+    found = monte_carlo_kernel(network(192, 4), X, None, 120, seeded())
     for value, error, exact in ((found.nngp, found.nngp_error, NNGP), (found.ntk, found.ntk_error, NTK)):
         assert value is not None and error is not None
         z = (value - exact) / error
         assert z.abs().max() < 4
-        assert error.max() < 0.05 * exact.max()  # enough to tell another kernel apart
+        assert error.max() < 0.06 * exact.max()  # enough to tell another kernel apart
 
 
 def test_standard_errors_are_those_of_repetitions() -> None:
-    repeated = [monte_carlo_kernel(network(16, 2), X[:2], X[2:], 20, seeded(seed)) for seed in range(40)]
+    repeated = [monte_carlo_kernel(network(16, 2), X[:2], X[2:], 8, seeded(seed)) for seed in range(25)]
     for name in ("nngp", "ntk"):
         values = torch.stack([getattr(found, name) for found in repeated])
         errors = torch.stack([getattr(found, f"{name}_error") for found in repeated]).square().mean(0).sqrt()
-        ratio = values.std(0) / errors  # of 40: 1 up to about 0.11
-        assert ((ratio > 0.6) & (ratio < 1.5)).all()
+        ratio = values.std(0) / errors  # 1 up to about 0.15
+        assert ((ratio > 0.55) & (ratio < 1.6)).all()
 
 
 def test_the_error_of_one_network_falls_with_its_width() -> None:
     errors = []
     for width in (32, 512):
-        found = monte_carlo_kernel(network(width), X, None, 40, seeded(1))
+        found = monte_carlo_kernel(network(width), X, None, 30, seeded(1))
         assert found.ntk_error is not None
         errors.append(found.ntk_error.norm())
     assert 2.5 < errors[0] / errors[1] < 6  # (512 / 32)^(1/2) = 4
