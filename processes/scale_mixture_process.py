@@ -14,14 +14,8 @@ from bayesnn.likelihoods import Gaussian
 from bayesnn.posteriors import ScaleMixture
 from bayesnn.predictive import Predictive
 from bayesnn.processes.scale_mixtures import HalfCauchy, MixingLaw, WeightedVariances, importance_sample
-from bayesnn.processes.student_t import (
-    Conditioned,
-    KernelFactory,
-    MixturePrior,
-    StudentTProcess,
-    gaussian,
-    gaussian_marginals,
-)
+from bayesnn.processes.shared_scale import Conditioned, MixturePrior, gaussian, gaussian_marginals
+from bayesnn.processes.student_t import KernelFactory, StudentTProcess
 
 
 class InfinitePredictive(Predictive):

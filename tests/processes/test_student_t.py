@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from bayesnn import StudentTProcess, likelihoods
 from bayesnn.posteriors import StudentT
-from bayesnn.processes.student_t import (
+from bayesnn.processes.shared_scale import (
     MixturePrior,
     condition,
     inflation,

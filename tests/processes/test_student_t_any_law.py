@@ -13,7 +13,7 @@ from bayesnn import Model, StudentTProcess
 from bayesnn.posteriors import gaussian_view
 from bayesnn.processes import ScaleMixtureProcess
 from bayesnn.processes.scale_mixtures import BurrXII, HalfCauchy, InverseGamma
-from bayesnn.processes.student_t import gaussian_marginals
+from bayesnn.processes.shared_scale import gaussian_marginals
 
 
 def rbf(num_features, batch_shape):
