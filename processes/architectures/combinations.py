@@ -178,7 +178,7 @@ def mlp(
     Raises:
         ValueError: for an unknown activation, a depth below 1, or a negative variance.
     """
-    dual = dual_activation(activation)
+    dual, depth = dual_activation(activation), count("depth", depth)
     dense = Dense(dual.critical_weight_var if weight_var is None else weight_var, bias_var)
     return Sequential((Repeated(Sequential((dense, Activation(activation))), depth), dense))
 

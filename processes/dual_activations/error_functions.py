@@ -135,8 +135,9 @@ def _ratio(rate: float, var1: Tensor, var2: Tensor, cov: Tensor) -> tuple[tuple[
 class _Angle(torch.autograd.Function):
     r"""The squared cosine is :math:`\det(I + t \Sigma) / ((1 + ta)(1 + tb))`.
 
-    As a sum of that without :math:`\det \Sigma` and of :math:`ab - c^2 = (a - |c|) b + |c| (b - |c|)` it is exact at
-    coincident points, however large the variance; each factor is divided first, so that nothing overflows.
+    As a sum of that without :math:`\det \Sigma` and of :math:`ab - c^2 = (a - |c|) b + |c| (b - |c|)`, with the larger
+    variance for a, it is exact at coincident points, however large the variance; each factor is divided first, so that
+    nothing overflows.
     """
 
     @staticmethod
@@ -145,8 +146,10 @@ class _Angle(torch.autograd.Function):
         inverse1, inverse2 = 1 / (var1 + 1 / rate), 1 / (var2 + 1 / rate)
         share1, share2 = var1 * inverse1, var2 * inverse2
         size = cov.abs()
-        cos = (var1 - size).mul_(inverse1).mul_(share2)
-        cos.addcmul_((var2 - size).mul_(inverse2), size.mul_(inverse1)).clamp_min_(0)
+        gap1, gap2 = (var1 - size).mul_(inverse1), (var2 - size).mul_(inverse2)
+        first = torch.addcmul(gap1 * share2, gap2, size * inverse1)
+        second = torch.addcmul(gap2 * share1, gap1, size.mul_(inverse2))
+        cos = torch.where(var1 >= var2, first, second).clamp_min_(0)
         cos.add_(precision1).addcmul_(share1, precision2).sqrt_()
         scale1, scale2 = rate * precision1.sqrt(), precision2.sqrt()
         sin = (cov * scale1).mul_(scale2)

@@ -1,6 +1,5 @@
-"""Kernels of infinitely wide networks."""
+"""Kernels of infinitely wide networks, and of finite ones."""
 
-from bayesnn.processes.kernels.dual_activations import DualActivation, DualMoments, dual_activation
-from bayesnn.processes.kernels.nngp import NNGPKernel
+from bayesnn.processes.kernels.infinite_width import InfiniteWidthKernel, NNGPKernel, NTKKernel
 
-__all__ = ["DualActivation", "DualMoments", "NNGPKernel", "dual_activation"]
+__all__ = ["InfiniteWidthKernel", "NNGPKernel", "NTKKernel"]
