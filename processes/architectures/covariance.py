@@ -125,7 +125,7 @@ def _products(x1: Tensor, x2: Tensor, rows: str, num_positions: int, pairs: bool
     here = "uvw"[:num_positions]
     there = "xyz"[:num_positions] if pairs else here
     positions = "".join(a + b if pairs else a for a, b in zip(here, there, strict=True))
-    left, right = rows
+    left, right = rows[0], rows[1]
     out = left if left == right else rows
     equation = f"...{left}c{here},...{right}c{there}->...{out}{positions}"
     return torch.einsum(equation, x1, x2) / x1.shape[-1 - num_positions]
