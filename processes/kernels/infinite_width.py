@@ -137,9 +137,13 @@ class InfiniteWidthKernel(Kernel):
         """
         if last_dim_is_batch:
             raise ValueError("last_dim_is_batch: found True; GPyTorch deprecates it, add kernels with active_dims.")
-        return self._evaluate(
-            x1, x2, diag, lambda covariance: covariance.tangent if self.tangent else covariance.between
-        )
+
+        def own(covariance: Covariance) -> Tensor:
+            kernel = covariance.tangent if self.tangent else covariance.between
+            assert kernel is not None
+            return kernel
+
+        return self._evaluate(x1, x2, diag, own, self.tangent)
 
     def nngp_and_ntk(self, x1: Tensor, x2: Tensor | None = None, diag: bool = False) -> tuple[Tensor, Tensor]:
         """Both kernels at these variances and lengthscales, each as :meth:`forward` gives it."""
@@ -148,13 +152,12 @@ class InfiniteWidthKernel(Kernel):
             assert covariance.tangent is not None
             return torch.stack([covariance.between, covariance.tangent])
 
-        nngp, ntk = self._evaluate(x1, x1 if x2 is None else x2, diag, both, tangent=True).unbind(0)
+        nngp, ntk = self._evaluate(x1, x1 if x2 is None else x2, diag, both, True).unbind(0)
         return nngp, ntk
 
     def _evaluate(
-        self, x1: Tensor, x2: Tensor, diag: bool, read: Callable[[Covariance], Tensor], tangent: bool | None = None
+        self, x1: Tensor, x2: Tensor, diag: bool, read: Callable[[Covariance], Tensor], tangent: bool
     ) -> Tensor:
-        tangent = self.tangent if tangent is None else tangent
         self._check_inputs(x1)
         pairs = self.architecture.mixes_positions()
         num_positions = len(self.input_shape) - 1 if self.input_shape else 0
