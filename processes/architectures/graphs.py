@@ -91,12 +91,13 @@ def with_adjacency(covariance: Covariance, adjacency1: Tensor, adjacency2: Tenso
         raise ValueError("adjacency2 is missing: the second inputs' adjacency matrices")
     else:
         second = adjacency2.unsqueeze(-4)
-    for name, found, values in (("1", first, covariance.first), ("2", second, covariance.second)):
-        want = values.shape[-2 - covariance.num_trailing : values.dim() - covariance.num_trailing]
-        if found.shape[-4:-2] != want or found.shape[-1] != found.shape[-2]:
-            raise ValueError(
-                f"adjacency{name} must be {prod(want)} square matrices, found shape {tuple(found.squeeze(-3).shape)}"
-            )
+    for name, given, found, own in (
+        ("adjacency1", adjacency1, first, covariance.first),
+        ("adjacency2", adjacency2, second, covariance.second),
+    ):
+        counts = own.shape[own.dim() - covariance.num_trailing - 2 : own.dim() - covariance.num_trailing]
+        if given is not None and (found.shape[-4:-2] != counts or given.shape[-1] != given.shape[-2]):
+            raise ValueError(f"{name} must be {prod(counts)} square matrices, found shape {tuple(given.shape)}")
     return covariance.replace(graphs=(first, second))
 
 
