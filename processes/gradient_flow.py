@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -13,6 +14,9 @@ from bayesnn.data import Data
 from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import Gaussian as GaussianPosterior
+from bayesnn.processes.architectures import Layer
+from bayesnn.processes.kernels import NTKKernel
+from bayesnn.processes.memory import check_memory
 from bayesnn.registry import register
 
 # What is tried: the first and last power of ten, and how many. Noise variances are over the prior variance of outputs, ridges
@@ -20,6 +24,7 @@ from bayesnn.registry import register
 _RATIOS = (-8.0, 1.0, 37)
 _RIDGES = (-8.0, 1.0, 19)
 _MAX_FOLDS = 10
+MATRICES = 8  # of n x n that a fit holds at its peak, measured, beside one for each output
 
 
 class NetworkKernel(Protocol):
@@ -148,26 +153,40 @@ class NTKEnsemble(Model):
     eigendecomposition a fold, so that this can't fail. The kernel's own parameters are kept as they are. Outputs are
     independent. Time is O(n^3), memory O(n^2).
 
+    The default kernel's lengthscales stay at 1 for standardised inputs, its variances at the edge of chaos.
+
     Args:
-        kernel: K and Theta; a :class:`NetworkKernel`, such as a GPyTorch kernel with that method.
+        kernel: K and Theta; a :class:`NetworkKernel`, such as a GPyTorch kernel with that method. None: the ``NTKKernel`` of
+            the next four arguments.
         time: of training, times the learning rate, on the scale of the kernel's Theta and of standardised inputs.
         ridge: of the weights' distance from their start, on the scale of the kernel's Theta; None: as above; 0: training fits
             the data exactly in the end.
         likelihood: Gaussian with learned (default) or fixed noise.
+        depth: hidden layers of a multilayer perceptron.
+        activation: its activation.
+        architecture: another network, in place of those two.
+        input_shape: (channels, *positions) of its inputs, where they aren't vectors.
 
     Raises:
-        ValueError: for a negative time or ridge.
+        ValueError: for a negative time or ridge, an unknown activation or a depth below 1.
         TypeError: if the kernel has no ``nngp_and_ntk``, or the likelihood isn't Gaussian.
+        MemoryError: at fit, for more rows than fit.
     """
 
     def __init__(
         self,
-        kernel: NetworkKernel,
+        kernel: NetworkKernel | None = None,
         time: float = math.inf,
         ridge: float | None = None,
         likelihood: Gaussian | None = None,
+        depth: int = 3,
+        activation: str = "relu",
+        architecture: Layer | None = None,
+        input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__(likelihood)
+        if kernel is None:
+            kernel = NTKKernel(depth, activation, architecture, input_shape)
         if not callable(getattr(kernel, "nngp_and_ntk", None)):
             raise TypeError(f"kernel: found {type(kernel).__name__}, want one with a method nngp_and_ntk(x1, x2).")
         if not isinstance(self.likelihood, Gaussian):
@@ -190,6 +209,8 @@ class NTKEnsemble(Model):
         return self._kernel.nngp_and_ntk(x1, x2)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
+        matrices = MATRICES + data.Y.shape[-1]
+        check_memory("NTKEnsemble", len(data), matrices, "SparseNNGP", data.X.dtype, data.X.device)
         self._adopt_kernel(data)
         fixed = self.likelihood.fixed_parameters(outcome_scale)
         noise_var = (2 * fixed["log_noise_std"]).exp().reshape(-1) if fixed else None

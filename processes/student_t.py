@@ -23,6 +23,7 @@ from bayesnn.model import Model
 from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
 from bayesnn.processes.kernels import NNGPKernel
+from bayesnn.processes.memory import check_memory
 from bayesnn.processes.shared_scale import (
     Conditioned,
     MixturePrior,
@@ -37,6 +38,7 @@ from bayesnn.registry import register
 
 KernelFactory = Callable[[int, torch.Size], Kernel]
 
+MATRICES = 7  # of n x n for each output that a fit holds at its peak, measured
 FARTHEST = 8.0  # that an unconstrained hyperparameter, mostly a logarithm, may move from its default
 
 
@@ -99,6 +101,7 @@ class StudentTProcess(Model):
     Raises:
         ValueError: for an unknown activation, a depth below 1, an a or b that isn't positive.
         TypeError: if the likelihood isn't Gaussian.
+        MemoryError: at fit, for more rows than fit.
     """
 
     def __init__(
@@ -132,6 +135,8 @@ class StudentTProcess(Model):
         return MixturePrior(kernel, data.Y.shape[-1], self.shape, self.scale, noise)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
+        matrices = (MATRICES if self.optimise else 4) * data.Y.shape[-1]
+        check_memory(type(self).__name__, len(data), matrices, "SparseNNGP")
         prior = self._build(data, outcome_scale)
         if self.optimise:
             self._maximise(prior, data, options["time_budget"])
