@@ -22,8 +22,12 @@ from bayesnn.data import BayesnnWarning, Data
 from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import Gaussian as GaussianPosterior
-from bayesnn.processes.kernels import NNGPKernel
+from bayesnn.processes.dual_activations import DualActivation
+from bayesnn.processes.kernels import FourierKernel, KernelFactory, MLPKernel
+from bayesnn.processes.memory import check_memory
 from bayesnn.registry import register
+
+MATRICES = 7  # of n x n for each output that a fit holds at its peak, as many as a Student-t process
 
 
 class NNGP(Model):
@@ -34,46 +38,50 @@ class NNGP(Model):
     (variances, a lengthscale for each input, c, s, noise) maximise the marginal likelihood times weak log-normal priors
     (our choice). Outputs are independent, each with its own hyperparameters. Time is O(n^3), memory O(n^2).
 
+    As the surrogate "nngp" its kernel is ``FourierKernel()``: a plain perceptron's variance grows towards the corners of a
+    search space, and an optimiser that is drawn there loses to a Gaussian process with any stationary kernel.
+
     Not to be confused with nearest-neighbour GPs, which share the name.
 
     Args:
         depth: hidden layers, at least 1.
-        activation: "relu" or "erf".
+        activation: its name, or a dual activation.
         likelihood: Gaussian with learned (default) or fixed noise.
         optimise: False keeps the hyperparameters at their defaults.
+        kernel: makes the kernel of any other network from the number of features and the batch shape, in place of depth and
+            activation: ``FourierKernel(…)``, or a function that gives a GPyTorch kernel (say, an ``NNGPKernel`` for images).
 
     Raises:
         ValueError: for an unknown activation or a depth below 1.
         TypeError: if the likelihood isn't Gaussian.
+        MemoryError: in ``fit``, if the matrices won't fit.
     """
 
     def __init__(
-        self, depth: int = 3, activation: str = "relu", likelihood: Gaussian | None = None, optimise: bool = True
+        self,
+        depth: int = 3,
+        activation: str | DualActivation = "relu",
+        likelihood: Gaussian | None = None,
+        optimise: bool = True,
+        kernel: KernelFactory | None = None,
     ) -> None:
         super().__init__(likelihood)
         if not isinstance(self.likelihood, Gaussian):
             raise TypeError(f"likelihood must be likelihoods.Gaussian for exact inference, found {self.likelihood!r}")
-        NNGPKernel(depth=depth, activation=activation)  # raises the errors above
-        self.depth, self.activation, self.optimise = depth, activation, optimise
+        self.kernel = MLPKernel(depth, activation) if kernel is None else kernel
+        self.optimise = optimise
         self._gp: Any
 
     def _build(self, data: Data, fixed: dict[str, Tensor]) -> SingleTaskGP:
         num_outputs = data.Y.shape[-1]
         batch = torch.Size([num_outputs]) if num_outputs > 1 else torch.Size([])
-        kernel = NNGPKernel(
-            depth=self.depth,
-            activation=self.activation,
-            ard_num_dims=data.X.shape[-1],
-            batch_shape=batch,
-            lengthscale_prior=LogNormalPrior(0.0, 1.0),
-            weight_var_prior=LogNormalPrior(0.5, 0.5),
-            bias_var_prior=LogNormalPrior(-2.0, 1.0),
-        )
+        kernel = self.kernel(data.X.shape[-1], batch)
         scaled = ScaleKernel(kernel, batch_shape=batch, outputscale_prior=LogNormalPrior(-0.5, 1.0))
         noise_var = (2 * fixed["log_noise_std"]).exp().expand_as(data.Y) if fixed else None
         return SingleTaskGP(data.X, data.Y, noise_var, covar_module=scaled, outcome_transform=None).to(data.X)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
+        check_memory("NNGP", len(data), MATRICES * data.Y.shape[-1], "SparseNNGP", data.X.dtype, data.X.device)
         self._fixed = self.likelihood.fixed_parameters(outcome_scale)
         gp = self._build(data, self._fixed)
         if self.optimise:
@@ -131,4 +139,9 @@ def _exact() -> Iterator[None]:
         yield
 
 
-register("nngp", NNGP)
+def _surrogate(**options: Any) -> NNGP:
+    plain = options.keys() & {"depth", "activation", "kernel"}
+    return NNGP(**options) if plain else NNGP(kernel=FourierKernel(), **options)
+
+
+register("nngp", _surrogate)

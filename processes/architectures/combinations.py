@@ -183,6 +183,20 @@ def mlp(
     return Sequential((Repeated(Sequential((dense, Activation(activation))), depth), dense))
 
 
+def fourier_mlp(depth: int = 1, activation: str | DualActivation = "relu") -> Sequential:
+    """A multilayer perceptron over random Fourier features: its kernel is stationary.
+
+    Args:
+        depth: hidden layers above the features, at least 1.
+        activation: theirs, its name or a dual activation; weights are at the edge of chaos, without biases.
+
+    Raises:
+        ValueError: for an unknown activation or a depth below 1.
+    """
+    hidden = Sequential((Dense(dual_activation(activation).critical_weight_var), Activation(activation)))
+    return serial(Dense(), Activation("rbf"), Repeated(hidden, count("depth", depth)), Dense())
+
+
 def _checked(name: str, layers: Sequence[Layer]) -> tuple[Layer, ...]:
     layers = tuple(layers)
     if not layers:

@@ -1,0 +1,98 @@
+"""Kernels with priors, ready to be fitted: what the process models make of the number of inputs and outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from gpytorch.kernels import Kernel
+from gpytorch.priors import LogNormalPrior
+
+from bayesnn.checks import check_fields, count
+from bayesnn.configured import Configured
+from bayesnn.processes.architectures import fourier_mlp
+from bayesnn.processes.dual_activations import DualActivation, dual_activation
+from bayesnn.processes.kernels.infinite_width import NNGPKernel
+
+KernelFactory = Callable[[int, torch.Size], Kernel]
+"""From the number of features and the batch shape to a kernel."""
+
+_UNIFORM_STD = 1 / math.sqrt(12)  # of inputs that are uniform on the unit interval
+
+
+@dataclass(frozen=True)
+class MLPKernel(Configured):
+    """The NNGP kernel of a multilayer perceptron with weak log-normal priors (our choice), for standardised inputs.
+
+    It isn't stationary: variances grow with the distance from the centre of the data, linearly for ReLU. That suits regression
+    on tables.
+
+    Args:
+        depth: hidden layers.
+        activation: its name, or a dual activation.
+
+    Raises:
+        ValueError: for a depth below 1 or an unknown activation.
+    """
+
+    depth: int = 3
+    activation: str | DualActivation = "relu"
+
+    def __post_init__(self) -> None:
+        check_fields(self, count, "depth")
+        dual_activation(self.activation)
+
+    def __call__(self, num_features: int, batch_shape: torch.Size) -> NNGPKernel:
+        """The kernel; one lengthscale for each feature, one weight and one bias variance."""
+        return NNGPKernel(
+            depth=self.depth,
+            activation=self.activation,
+            ard_num_dims=num_features,
+            batch_shape=batch_shape,
+            lengthscale_prior=LogNormalPrior(0.0, 1.0),
+            weight_var_prior=LogNormalPrior(0.5, 0.5),
+            bias_var_prior=LogNormalPrior(-2.0, 1.0),
+        )
+
+
+@dataclass(frozen=True)
+class FourierKernel(Configured):
+    r"""The NNGP kernel of a multilayer perceptron over random Fourier features, for standardised inputs in a box.
+
+    The first hidden layer has sine activations with random phases (Rahimi and Recht 2007), which makes it a Gaussian kernel
+    :math:`\exp(-\frac1d \sum_i (x_i - x'_i)^2 / \ell_i^2)`; the others make a kernel of lower smoothness and heavier tails
+    of it. It is stationary: unlike a plain perceptron's, its variance doesn't grow towards the corners of a search space, which
+    would draw an optimiser there. The weights' variances are fixed, since the output scale and the lengthscales do their work.
+
+    Lengthscales have the prior of Hvarfner, Hellsten and Nardi 2024 (section 4): log-normal, and with the root of the
+    number of features, which here is in the kernel.
+
+    Args:
+        depth: hidden layers above the features.
+        activation: its name, or a dual activation.
+
+    Raises:
+        ValueError: for a depth below 1 or an unknown activation.
+    """
+
+    depth: int = 1
+    activation: str | DualActivation = "relu"
+
+    def __post_init__(self) -> None:
+        check_fields(self, count, "depth")
+        dual_activation(self.activation)
+
+    def __call__(self, num_features: int, batch_shape: torch.Size) -> NNGPKernel:
+        """The kernel; one lengthscale for each feature is all that is learned."""
+        loc = math.sqrt(2) - math.log(_UNIFORM_STD)  # theirs is for inputs in the unit cube
+        kernel = NNGPKernel(
+            architecture=fourier_mlp(self.depth, self.activation),
+            ard_num_dims=num_features,
+            batch_shape=batch_shape,
+            lengthscale_prior=LogNormalPrior(loc, math.sqrt(3)),
+        )
+        for parameter in (kernel.raw_weight_var, kernel.raw_bias_var):
+            parameter.requires_grad_(False)
+        return kernel
