@@ -17,8 +17,9 @@ from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from torch import Tensor
 
-from bayesnn.processes.architectures import Layer, mlp, of_each_with_itself, of_inputs
+from bayesnn.processes.architectures import Layer, mlp, needs_graphs, needs_pairs, of_each_with_itself, of_inputs
 from bayesnn.processes.architectures.covariance import Covariance
+from bayesnn.processes.architectures.graphs import unflattened, with_adjacency
 from bayesnn.processes.dual_activations import DualActivation
 from bayesnn.processes.kernels.blocks import blockwise
 
@@ -37,7 +38,8 @@ class InfiniteWidthKernel(Kernel):
         activation: its activation; "relu".
         architecture: any other network, in place of those two.
         input_shape: (channels, *positions) of inputs that aren't vectors, which come as rows of channels * positions numbers:
-            (3, 32, 32) for images.
+            (3, 32, 32) for images. Where each input has a graph of its own (``Aggregate()``), the rows of its adjacency matrix
+            follow.
         per_layer: whether each layer has variances of its own; by default all share one pair, if they begin as equals.
         weight_var_prior: a prior over the weight variances.
         weight_var_constraint: default positive; they begin where the architecture says, which for a perceptron is at the edge
@@ -158,9 +160,14 @@ class InfiniteWidthKernel(Kernel):
     def _evaluate(
         self, x1: Tensor, x2: Tensor, diag: bool, read: Callable[[Covariance], Tensor], tangent: bool
     ) -> Tensor:
-        self._check_inputs(x1)
-        pairs = self.architecture.mixes_positions()
-        num_positions = len(self.input_shape) - 1 if self.input_shape else 0
+        pairs, graphs = needs_pairs(self.architecture), needs_graphs(self.architecture)
+        shape = self.input_shape or x1.shape[-1:]
+        num_positions = len(shape) - 1
+
+        def inputs(rows: Tensor, lengthscale: Tensor) -> tuple[Tensor, Tensor | None]:
+            x, adjacency = unflattened(rows, shape, graphs)
+            scaled = x.flatten(-1 - num_positions) / lengthscale
+            return scaled.unflatten(-1, shape), adjacency
 
         def propagate(covariance: Covariance, weight_var: Tensor, bias_var: Tensor) -> Tensor:
             layers = range(self.num_layers)
@@ -170,12 +177,16 @@ class InfiniteWidthKernel(Kernel):
             return read(self.architecture.propagate(covariance, [(weights[i], biases[i]) for i in layers]))
 
         def block(x1: Tensor, x2: Tensor, weight_var: Tensor, bias_var: Tensor, lengthscale: Tensor) -> Tensor:
-            first, second = (self._inputs(x, lengthscale) for x in (x1, x2))
-            return propagate(of_inputs(first, second, num_positions, pairs, tangent), weight_var, bias_var)
+            (first, adjacency1), (second, adjacency2) = (inputs(x, lengthscale) for x in (x1, x2))
+            covariance = of_inputs(first, second, num_positions, pairs, tangent)
+            if adjacency1 is not None:
+                covariance = with_adjacency(covariance, adjacency1, adjacency2)
+            return propagate(covariance, weight_var, bias_var)
 
         def itself(x1: Tensor, x2: Tensor) -> Tensor:
-            first, second = (self._inputs(x, self.lengthscale) for x in (x1, x2))
+            (first, adjacency), (second, _) = (inputs(x, self.lengthscale) for x in (x1, x2))
             own = of_each_with_itself(first, second, num_positions, pairs, tangent)
+            own = own if adjacency is None else with_adjacency(own, adjacency)
             return propagate(own, self.weight_var, self.bias_var).squeeze(-1)
 
         equal = x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
@@ -186,22 +197,11 @@ class InfiniteWidthKernel(Kernel):
             # Each pair is a matrix of one entry.
             each = block(x1.unsqueeze(-2), x2.unsqueeze(-2), *(value.unsqueeze(-2) for value in parameters))
             return each.squeeze(-1).squeeze(-1)
-        size = math.prod(self.input_shape[1:]) ** (2 if pairs else 1) if self.input_shape else 1
+        size = math.prod(shape[1:]) ** (2 if pairs else 1)
         matrix = blockwise(block, x1, x2, *parameters, entries=size)
         if equal:
             matrix.diagonal(dim1=-2, dim2=-1).copy_(itself(x1, x2))
         return matrix
-
-    def _inputs(self, x: Tensor, lengthscale: Tensor) -> Tensor:
-        x = x / lengthscale
-        return x if self.input_shape is None else x.unflatten(-1, self.input_shape)
-
-    def _check_inputs(self, x: Tensor) -> None:
-        if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
-            raise ValueError(
-                f"inputs must be rows of {math.prod(self.input_shape)} numbers, input_shape {self.input_shape}, found "
-                f"{x.shape[-1]}"
-            )
 
 
 class NNGPKernel(InfiniteWidthKernel):

@@ -16,7 +16,7 @@ from gpytorch.priors import GammaPrior
 from gpytorch.test.base_kernel_test_case import BaseKernelTestCase
 from torch import Tensor
 
-from bayesnn.processes.architectures import Activation, Dense, Flatten, serial
+from bayesnn.processes.architectures import Activation, Aggregate, Dense, Flatten, GlobalAveragePooling, serial
 from bayesnn.processes.dual_activations import dual_activation
 from bayesnn.processes.kernels import NNGPKernel, NTKKernel, blocks
 
@@ -408,5 +408,27 @@ def test_images_are_rows() -> None:
     var = cov.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
     expected = dual_activation("relu").kappa(var[:, None], var[None], cov).mean((-2, -1))
     torch.testing.assert_close(dense(kernel, images), expected, rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match=r"rows of 18 numbers, input_shape \(2, 3, 3\), found 17"):
+    with pytest.raises(ValueError, match=r"rows must have 18 columns, for inputs of shape \(2, 3, 3\), found 17"):
         kernel(images[:, 1:]).to_dense()
+
+
+def test_graphs_are_rows_of_features_and_adjacency() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 2, 4, generator=generator, dtype=torch.float64)
+    adjacency = (torch.rand(5, 4, 4, generator=generator, dtype=torch.float64) > 0.5).double()
+    adjacency = adjacency + adjacency.mT + torch.eye(4)
+    rows = torch.cat([features.flatten(1), adjacency.flatten(1)], 1)
+    architecture = serial(Dense(), Aggregate(), Activation(), Dense(), GlobalAveragePooling())
+    kernel = NNGPKernel(architecture=architecture, input_shape=(2, 4)).double()
+    matrix = dense(kernel, rows)
+    # The same graphs with their nodes in another order.
+    order = torch.tensor([2, 0, 3, 1])
+    moved = torch.cat([features[..., order].flatten(1), adjacency[:, order][:, :, order].flatten(1)], 1)
+    torch.testing.assert_close(dense(kernel, rows, moved), matrix, rtol=1e-10, atol=1e-12)
+    assert torch.linalg.eigvalsh(matrix)[0] > 0
+    cov = torch.einsum("ncu,mcv->nmuv", features, features) / 2
+    cov = torch.einsum("nij,nmjk,mlk->nmil", adjacency, cov, adjacency)
+    var = torch.stack([cov[i, i].diagonal() for i in range(5)])
+    kappa = dual_activation("relu").kappa(var[:, None, :, None], var[None, :, None, :], cov)
+    torch.testing.assert_close(matrix, kappa.mean((-2, -1)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(kernel(rows[:2], rows[2:4], diag=True), matrix[[0, 1], [2, 3]])
