@@ -63,8 +63,8 @@ class FourierKernel(Configured):
 
     The first hidden layer has sine activations with random phases (Rahimi and Recht 2007), which makes it a Gaussian kernel
     :math:`\exp(-\frac1d \sum_i (x_i - x'_i)^2 / \ell_i^2)`; the others make a kernel of lower smoothness and heavier tails
-    of it. It is stationary: its variance doesn't grow towards the corners of a search space, as a plain perceptron's does, which
-    would draw an optimiser there. The weights have fixed variances, since output scale and lengthscales do their work.
+    of it. It is stationary: its variance doesn't grow towards the corners of a search space, as a plain perceptron's does,
+    which would draw an optimiser there. The weights have fixed variances: output scale and lengthscales do their work.
 
     Lengthscales have the prior of Hvarfner, Hellsten and Nardi 2024 (section 4): log-normal, and with the root of the
     number of features, which here is in the kernel.
