@@ -1,7 +1,7 @@
 r"""Gaussian process classification as regression of transformed labels (Milios et al. 2018).
 
-A label's one-hot code plus :math:`\alpha_\epsilon` are the parameters of a Dirichlet distribution, each a gamma variable, whose
-log-normal with the same moments gives exact regression of K functions with noise that is known:
+A label's one-hot code plus :math:`\alpha_\epsilon` are the parameters of a Dirichlet distribution, each of a gamma variable.
+Log-normals with the same moments give exact regression of K functions with noise that is known:
 
 .. math::
     \alpha_{ik} = \alpha_\epsilon + [y_i = k], \qquad \tilde\sigma_{ik}^2 = \log(1 + 1/\alpha_{ik}), \qquad

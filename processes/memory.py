@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 _BYTES = {torch.float64: 8, torch.float32: 4}
 
 
@@ -71,11 +72,10 @@ def _of_the_system() -> int | None:
 
 
 def _of_the_control_group() -> int | None:
-    folder = Path("/sys/fs/cgroup")
     try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
     # Cached files count as used, and are dropped when memory is wanted.
@@ -83,4 +83,7 @@ def _of_the_control_group() -> int | None:
 
 
 def _readable(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if size >= 2**power:
+            return f"{size / 2**power:.1f} {unit}"
+    return f"{size:.0f} B"

@@ -116,8 +116,8 @@ class SparseProcess(Model):
         What is left is drawn point by point.
         """
         if isinstance(self.likelihood, Gaussian):
-            parts = [self._moments(rows, joint=False) for rows in X.double().split(ROWS, -2)]
-            mean, var = (torch.cat(values, -1).mT.unsqueeze(-3) for values in zip(*parts, strict=True))
+            moments = [self._moments(rows, joint=False) for rows in X.double().split(ROWS, -2)]
+            mean, var = (torch.cat(values, -1).mT.unsqueeze(-3) for values in zip(*moments, strict=True))
             std = (var + (2 * self._noise["log_noise_std"]).exp()).sqrt()
             return Predictive(Normal(mean.to(X), std.to(X)), function_var=var.to(X))
         generator, S = torch.Generator().manual_seed(0), self.num_draws

@@ -211,8 +211,8 @@ class VariationalNNGP(SparseProcess):
     r"""Infinitely wide networks with any likelihood, and any number of rows: the equations of this file.
 
     With ``likelihoods.Categorical`` this is softmax classification, with K independent functions. These share their
-    hyperparameters, as do a histogram's buckets; other functions have hyperparameters of their own. For regression with Gaussian
-    noise :class:`SparseNNGP` finds the optimum sooner.
+    hyperparameters, as do a histogram's buckets; other functions have hyperparameters of their own. For regression with
+    Gaussian noise :class:`SparseNNGP` finds the optimum sooner.
 
     Args:
         likelihood: p(y | f); Gaussian with learned noise by default.
