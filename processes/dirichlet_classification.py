@@ -35,7 +35,7 @@ from bayesnn.processes.memory import check_memory
 from bayesnn.processes.sparse_prior import Parameters, SparsePrior, network_prior
 from bayesnn.processes.student_t import KernelFactory, network_kernel
 
-MATRICES = 10  # of n x n that a fit holds at its peak, measured, beside one for each class when it is done
+MATRICES = 8  # of n x n that a fit holds at its peak, measured, beside one for each class when it is done
 ROWS = 1024  # of a prediction in work at once
 
 
@@ -159,7 +159,8 @@ class DirichletNNGP(Model):
         optimise: False keeps the hyperparameters at their defaults.
         kernel: ``kernel(num_features, batch_shape)`` returns the GPyTorch kernel that takes the place of the network's, the
             prior covariance of the functions; inputs are standardised.
-        alpha_epsilon: the weight of classes that weren't observed; 0.01, GPyTorch's default.
+        alpha_epsilon: the weight of classes that weren't observed. GPyTorch's 0.01 makes probabilities of many classes too
+            cautious: on 1,397 digits after 400 (calibration error, log density): 0.10, -0.21; 0.001: 0.03, -0.13.
         method: the optimisation.
         num_draws: function values at each point that a probability averages over.
 
@@ -176,7 +177,7 @@ class DirichletNNGP(Model):
         activation: str = "relu",
         optimise: bool = True,
         kernel: KernelFactory | None = None,
-        alpha_epsilon: float = 0.01,
+        alpha_epsilon: float = 0.001,
         method: MaximumEvidence | None = None,
         num_draws: int = 512,
     ) -> None:

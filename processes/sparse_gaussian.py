@@ -23,7 +23,7 @@ from bayesnn.checks import check_fields, count
 from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.files import fingerprint
-from bayesnn.inference.lbfgs import LBFGSState, lbfgs_init, lbfgs_step
+from bayesnn.inference.lbfgs import LBFGSState, Objective, lbfgs_init, lbfgs_step
 from bayesnn.inference.run import run
 from bayesnn.likelihoods import Gaussian
 from bayesnn.processes.sparse_posterior import InducingValues, SparseProcess
@@ -31,7 +31,8 @@ from bayesnn.processes.sparse_prior import Inducing, Parameters, SparsePrior
 from bayesnn.processes.student_t import KernelFactory
 from bayesnn.registry import register
 
-ROWS = 4096  # in memory at once, with M numbers each for every output
+ROWS = 4096  # in work at once, with M numbers each for every output
+KEPT = 2**25  # numbers that a gradient may find there; of larger problems it computes them again
 MIN_NOISE_VAR = 1e-6  # in standardised units
 
 
@@ -82,7 +83,7 @@ class CollapsedTarget:
         known = self.fixed or parameters
         return MIN_NOISE_VAR * (not self.fixed) + (2 * known["log_noise_std"]).exp().reshape(-1)
 
-    def _statistics(self, parameters: Parameters, inducing: Inducing) -> Statistics:
+    def _statistics(self, parameters: Parameters, inducing: Inducing, X: Tensor, Y: Tensor) -> Statistics:
         def of_rows(X: Tensor, Y: Tensor) -> Statistics:
             base, _, left = self.prior.at(parameters, "project", inducing, X)
             m = Y.shape[-1]
@@ -91,33 +92,35 @@ class CollapsedTarget:
             projected = (base @ residual.unsqueeze(-1)).squeeze(-1)
             return Statistics(base @ base.mT, projected, residual.square().sum(-1), left.sum(-1))
 
-        blocks = list(zip(self.X.split(ROWS), self.Y.split(ROWS), strict=True))
-        # Rows that aren't in work leave nothing behind but their sums: gradients compute them again.
-        again = len(blocks) > 1 and torch.is_grad_enabled()
+        blocks = list(zip(X.split(ROWS), Y.split(ROWS), strict=True))
+        # Rows that aren't in work then leave nothing behind but their sums.
+        again = torch.is_grad_enabled() and Y.numel() * len(inducing.points) > KEPT
         parts = [checkpoint(of_rows, X, Y, use_reentrant=False) if again else of_rows(X, Y) for X, Y in blocks]
         return Statistics(*(torch.stack(list(values)).sum(0) for values in zip(*parts, strict=True)))
 
-    def bound(self, parameters: Parameters, Z: Tensor) -> Tensor:
-        """The evidence lower bound of each output, (m,)."""
-        statistics = self._statistics(parameters, self.prior.at(parameters, "inducing", Z))
-        noise_var, n = self.noise_var(parameters), len(self.X)
+    def bound(self, parameters: Parameters, Z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The evidence lower bound of each output, (m,), for some of the rows or all."""
+        X, Y = (self.X, self.Y) if rows is None else (self.X[rows], self.Y[rows])
+        statistics = self._statistics(parameters, self.prior.at(parameters, "inducing", Z), X, Y)
+        noise_var, n = self.noise_var(parameters), len(X)
         root = _precision_root(statistics, noise_var)
         half = torch.linalg.solve_triangular(root, statistics.projected.unsqueeze(-1), upper=False).squeeze(-1)
         log_det = n * noise_var.log() + 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         fit = (statistics.squares + statistics.left) / noise_var - half.square().sum(-1) / noise_var.square()
         return -0.5 * (n * math.log(2 * math.pi) + log_det + fit)
 
-    def objective(self, Z: Tensor) -> Any:
+    def objective(self, Z: Tensor, rows: Tensor | None = None) -> Objective:
         """Minus the bound with the hyperparameters' log densities, for each observation, and its gradient."""
+        size = len(self.X) if rows is None else len(rows)
 
         def value_and_gradient(parameters: Parameters) -> tuple[Tensor, Parameters]:
             leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
             try:
-                log_density = self.bound(leaves, Z).sum() + self.prior.at(leaves, "log_prior")
+                log_density = self.bound(leaves, Z, rows).sum() + self.prior.at(leaves, "log_prior")
                 if self.noise_prior is not None:
                     loc, scale, _ = self.noise_prior
                     log_density = log_density - 0.5 * ((leaves["log_noise_std"] - loc) / scale).square().sum()
-                value = -log_density / len(self.X)
+                value = -log_density / size
                 gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
             except RuntimeError:  # not positive definite, or not a number: torch's and linear_operator's errors
                 nothing = {name: torch.full_like(value, math.nan) for name, value in parameters.items()}
@@ -131,7 +134,7 @@ class CollapsedTarget:
         """The best q."""
         with torch.no_grad():
             noise_var = self.noise_var(parameters)
-            statistics = self._statistics(parameters, self.prior.at(parameters, "inducing", Z))
+            statistics = self._statistics(parameters, self.prior.at(parameters, "inducing", Z), self.X, self.Y)
             root = _precision_root(statistics, noise_var)
             mean = torch.cholesky_solve((statistics.projected / noise_var.unsqueeze(-1)).unsqueeze(-1), root)
             eye = torch.eye(root.shape[-1], dtype=root.dtype)
@@ -146,8 +149,9 @@ def _precision_root(statistics: Statistics, noise_var: Tensor) -> Tensor:
 
 
 class CollapsedState(NamedTuple):
-    """Inducing inputs, and the descent over hyperparameters; how many choices of inducing inputs have been made."""
+    """Rows in use and inducing inputs, the descent over hyperparameters, and how often these inputs have been chosen."""
 
+    rows: Tensor
     inducing: Tensor
     descent: LBFGSState
     selections: Tensor
@@ -171,12 +175,14 @@ class CollapsedBound(Configured):
     """Maximise the collapsed bound over hyperparameters by L-BFGS, inducing inputs being rows of the data.
 
     These are chosen by pivoted Cholesky, which depends on the hyperparameters: when the bound doesn't rise any more, they are
-    chosen again, and kept if they are better (Burt, Rasmussen & van der Wilk 2020).
+    chosen again, and kept if they are better (Burt, Rasmussen & van der Wilk 2020). The first descent takes some of the rows,
+    at random; all that follow, and q, take all.
 
     Args:
         num_inducing: M, at most the number of rows; fewer where those explain all variance.
         num_steps: of L-BFGS, each with one evaluation of the bound or a few; a descent that has converged rests.
-        num_selections: how often inducing inputs are chosen.
+        num_selections: how often inducing inputs are chosen for all rows.
+        num_first_rows: how many rows the first descent takes.
 
     Raises:
         TypeError: if one isn't an integer.
@@ -185,15 +191,21 @@ class CollapsedBound(Configured):
 
     num_inducing: int = 512
     num_steps: int = 200
-    num_selections: int = 3
+    num_selections: int = 2
+    num_first_rows: int = 8192
 
     def __post_init__(self) -> None:
-        check_fields(self, count, "num_inducing", "num_steps", "num_selections")
+        check_fields(self, count, "num_inducing", "num_steps", "num_selections", "num_first_rows")
 
     def init(self, target: CollapsedTarget, generator: torch.Generator) -> CollapsedState:
         """Inducing inputs for the hyperparameters' starts."""
-        Z = target.prior.landmarks(target.X, min(self.num_inducing, len(target.X)))
-        return CollapsedState(Z, lbfgs_init(target.start(), target.objective(Z)), torch.tensor(1))
+        n = len(target.X)
+        some = n > self.num_first_rows and target.optimise
+        rows = torch.randperm(n, generator=generator)[: self.num_first_rows] if some else torch.arange(n)
+        parameters = target.start()
+        Z = self._landmarks(target, parameters, rows)
+        descent = lbfgs_init(parameters, target.objective(Z, rows))
+        return CollapsedState(rows, Z, descent, torch.tensor(0 if some else 1))
 
     def step(
         self, target: CollapsedTarget, state: CollapsedState, generator: torch.Generator
@@ -201,19 +213,23 @@ class CollapsedBound(Configured):
         """One step of L-BFGS, or another choice of inducing inputs."""
         if target.optimise:
             if not bool(state.descent.converged):
-                descent = lbfgs_step(state.descent, target.objective(state.inducing))
-                state = state._replace(descent=descent)
+                objective = target.objective(state.inducing, state.rows)
+                state = state._replace(descent=lbfgs_step(state.descent, objective))
             elif int(state.selections) < self.num_selections:
                 state = self._chosen_again(target, state)
         return state, CollapsedInfo(-state.descent.value)
 
+    def _landmarks(self, target: CollapsedTarget, parameters: Parameters, rows: Tensor) -> Tensor:
+        return target.prior.at(parameters, "landmarks", target.X[rows], min(self.num_inducing, len(rows)))
+
     def _chosen_again(self, target: CollapsedTarget, state: CollapsedState) -> CollapsedState:
-        parameters, selections = state.descent.params, state.selections + 1
-        Z = target.prior.at(parameters, "landmarks", target.X, min(self.num_inducing, len(target.X)))
-        objective = target.objective(Z)
-        if not bool(objective(parameters)[0] < state.descent.value):
-            return state._replace(selections=torch.full_like(selections, self.num_selections))
-        return CollapsedState(Z, lbfgs_init(parameters, objective), selections)
+        parameters, rows = state.descent.params, torch.arange(len(target.X))
+        Z = self._landmarks(target, parameters, rows)
+        objective = target.objective(Z, rows)
+        comparable = len(rows) == len(state.rows)
+        if comparable and not bool(objective(parameters)[0] < state.descent.value):
+            return state._replace(selections=torch.full_like(state.selections, self.num_selections))
+        return CollapsedState(rows, Z, lbfgs_init(parameters, objective), state.selections + 1)
 
     def keep(self, state: CollapsedState, index: int) -> None:
         """Nothing: the state is the answer."""

@@ -51,7 +51,7 @@ def test_transform_is_gpytorch_s_and_matches_moments():
 def test_it_is_the_exact_process_of_transformed_labels():
     model, new, _ = wine()
     X, data = model._scaled(new[:5]), model._data
-    outcomes, noise_var = transformed_labels(data.Y[:, 0], 3, 0.01)
+    outcomes, noise_var = transformed_labels(data.Y[:, 0], 3, 0.001)
     K, cross, prior = (model._prior.covariance(*v)[0] for v in ((data.X, data.X), (X, data.X), (X, X)))
     posterior = model._latent(X)
     for k in range(3):
@@ -100,8 +100,8 @@ def test_digits():
     p = DirichletNNGP(likelihoods.Categorical(10), depth=1, optimise=False).fit(X, labels).predict(new)
     accuracy = (p.labels == truth).double().mean()
     assert accuracy > 0.92
-    assert p.log_prob(truth).mean() > -0.4
-    assert calibration_error(p, truth) < 0.15
+    assert p.log_prob(truth).mean() > -0.3
+    assert calibration_error(p, truth) < 0.05
 
 
 def test_probabilities_are_averages_over_the_posterior():
