@@ -32,7 +32,9 @@ class Block(NamedTuple):
     columns: slice
 
 
-def blockwise(kernel: BlockKernel, x1: Tensor, x2: Tensor, *parameters: Tensor, entries: int = 1) -> Tensor:
+def blockwise(
+    kernel: BlockKernel, x1: Tensor, x2: Tensor, *parameters: Tensor, entries: int = 1, diagonal: Tensor | None = None
+) -> Tensor:
     """``kernel(x1, x2, *parameters)``, computed block by block; first-order gradients with respect to all tensors.
 
     Args:
@@ -41,19 +43,27 @@ def blockwise(kernel: BlockKernel, x1: Tensor, x2: Tensor, *parameters: Tensor, 
         x2: (*batch, m, ·). If it is ``x1`` itself, or both are equal and need no gradients, half of the matrix is computed.
         *parameters: with the batch dimensions that the kernel wants.
         entries: how many numbers the kernel keeps on the way for each entry of the matrix.
+        diagonal: (*batch, n), what is put in the diagonal's place, and gets its gradients.
     """
     same = x1 is x2 or (x1.shape == x2.shape and not (x1.requires_grad or x2.requires_grad) and torch.equal(x1, x2))
-    result: Tensor = _Blockwise.apply(kernel, entries, x1, None if same else x2, *parameters)
+    result: Tensor = _Blockwise.apply(kernel, entries, x1, None if same else x2, diagonal, *parameters)
     return result
 
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernel: BlockKernel, entries: int, x1: Tensor, x2: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        kernel: BlockKernel,
+        entries: int,
+        x1: Tensor,
+        x2: Tensor | None,
+        diagonal: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         second = x1 if x2 is None else x2
         ctx.kernel, ctx.entries, ctx.same = kernel, entries, x2 is None
+        ctx.diagonal = None if diagonal is None else diagonal.shape
         ctx.save_for_backward(x1, second, *parameters)
         probe = kernel(x1[..., :0, :], second[..., :0, :], *parameters)  # the batch that broadcasting gives
         matrix = probe.new_empty(*probe.shape[:-2], x1.shape[-2], second.shape[-2])
@@ -67,19 +77,25 @@ class _Blockwise(torch.autograd.Function):
 
         for _ in _spread(fill, _blocks(matrix, entries, ctx.same)):
             pass
+        if diagonal is not None:
+            matrix.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
         return matrix
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x1, x2, *parameters = ctx.saved_tensors
-        needs1, needs2, *needs = ctx.needs_input_grad[2:]
+        needs1, needs2, needs_diagonal, *needs = ctx.needs_input_grad[2:]
         needs2 = needs2 or (ctx.same and needs1)
 
         def pull(block: Block) -> list[Tensor]:
             cotangent = grad[..., block.rows, block.columns]
             if ctx.same and block.rows != block.columns:
                 cotangent = cotangent + grad[..., block.columns, block.rows].mT
+            offset = block.rows.start - block.columns.start
+            if ctx.diagonal is not None and -cotangent.shape[-2] < offset < cotangent.shape[-1]:
+                cotangent = cotangent.clone()
+                cotangent.diagonal(offset, -2, -1).zero_()
             left = x1[..., block.rows, :].detach().requires_grad_(needs1)
             right = x2[..., block.columns, :].detach().requires_grad_(needs2)
             leaves = [value.detach().requires_grad_(need) for value, need in zip(parameters, needs, strict=True)]
@@ -101,7 +117,8 @@ class _Blockwise(torch.autograd.Function):
             for total in totals:
                 if total is not None:
                     total += next(pieces)
-        return None, None, grad1, None if ctx.same else grad2, *totals
+        of_diagonal = grad.diagonal(dim1=-2, dim2=-1).sum_to_size(ctx.diagonal) if needs_diagonal else None
+        return None, None, grad1, None if ctx.same else grad2, of_diagonal, *totals
 
 
 def _blocks(matrix: Tensor, entries: int, same: bool) -> Iterator[Block]:

@@ -198,10 +198,7 @@ class InfiniteWidthKernel(Kernel):
             each = block(x1.unsqueeze(-2), x2.unsqueeze(-2), *(value.unsqueeze(-2) for value in parameters))
             return each.squeeze(-1).squeeze(-1)
         size = math.prod(shape[1:]) ** (2 if pairs else 1)
-        matrix = blockwise(block, x1, x2, *parameters, entries=size)
-        if equal:
-            matrix.diagonal(dim1=-2, dim2=-1).copy_(itself(x1, x2))
-        return matrix
+        return blockwise(block, x1, x2, *parameters, entries=size, diagonal=itself(x1, x2) if equal else None)
 
 
 class NNGPKernel(InfiniteWidthKernel):
