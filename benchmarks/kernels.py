@@ -9,9 +9,9 @@ in a process that stays up; its functions are compiled before they are timed, in
 compared before that, and have to agree.
 
 Times are given twice: seconds on the clock, and processor seconds, the sum over threads, which other work on the machine
-disturbs less. The gradient is that of a weighted sum of all entries with respect to the weight and bias variances (and for
-ours the lengthscale), together with the sum itself. Memory is the growth of a fresh process's resident memory at its
-peak, the result included, in units of one n x n matrix; it is read from where Linux says it.
+disturbs less. Gradients are of a weighted sum of all entries with respect to the weight and bias variances (and for ours the
+lengthscale); the matrix is computed with them, as a fit needs it. Memory is the growth of a fresh process's resident memory at
+its peak, the result included, in units of one n x n matrix; it is read from where Linux says it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def kernel_of(case: dict[str, Any]) -> InfiniteWidthKernel:
 
 
 def prepare(case: dict[str, Any]) -> tuple[Callable[[], Any], list[float]]:
-    """What is timed, and values to compare: the weighted sum, and its gradients with respect to the variances."""
+    """What is timed, and values to compare: the weighted sum of all entries, and its gradients."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal((case["n"], *case["shape"]))).flatten(1)
     weights = torch.from_numpy(rng.standard_normal((case["n"], case["n"])))
@@ -77,15 +77,17 @@ def prepare(case: dict[str, Any]) -> tuple[Callable[[], Any], list[float]]:
     parameters = list(kernel.parameters())
 
     def value_and_gradient() -> tuple[Tensor, tuple[Tensor, ...]]:
-        value = (kernel(x).to_dense() * weights).sum()
-        return value, torch.autograd.grad(value, parameters)
+        matrix = kernel(x).to_dense()
+        return matrix, torch.autograd.grad(matrix, parameters, weights)
 
-    value, _ = value_and_gradient()
-    raw = [kernel.raw_weight_var, kernel.raw_bias_var]
-    constraints = [kernel.raw_weight_var_constraint, kernel.raw_bias_var_constraint]
-    slopes = [torch.autograd.grad(c.transform(r).sum(), r)[0] for c, r in zip(constraints, raw, strict=True)]
-    gradients = torch.autograd.grad((kernel(x).to_dense() * weights).sum(), raw)
-    return value_and_gradient, [value.item(), *(float(g / s) for g, s in zip(gradients, slopes, strict=True))]
+    matrix, gradients = value_and_gradient()
+    found = {id(parameter): gradient for parameter, gradient in zip(parameters, gradients, strict=True)}
+    values = [float((matrix.detach() * weights).sum())]
+    for name in ("weight_var", "bias_var"):
+        raw = getattr(kernel, f"raw_{name}")
+        (slope,) = torch.autograd.grad(getattr(kernel, name), raw)
+        values.append(float(found[id(raw)] / slope))
+    return value_and_gradient, values
 
 
 def botorch_forward(case: dict[str, Any]) -> Callable[[], Tensor]:
@@ -120,7 +122,8 @@ def in_turn(sides: dict[str, Callable[[], Measured]], repeats: int) -> dict[str,
 
 def compare(case: dict[str, Any], peer: Peer, repeats: int) -> list[dict[str, Any]]:
     """Forward, and for perceptrons value and gradient too; then how many times the one the other costs."""
-    rows, costs = [], {}
+    rows: list[dict[str, Any]] = []
+    costs: dict[tuple[bool, str], dict[str, list[float]]] = {}
     for gradient in (False, True) if len(case["shape"]) == 1 else (False,):
         task = case | {"gradient": gradient}
         label = f"{name_of(case)}{', value and gradient' if gradient else ''}"
@@ -129,13 +132,14 @@ def compare(case: dict[str, Any], peer: Peer, repeats: int) -> list[dict[str, An
         # The peer loses half of the digits on the diagonal, where the angle of an input with itself is rounded.
         if not np.allclose(values, theirs, rtol=1e-5):
             raise SystemExit(f"{label}: our values {values} aren't the peer's {theirs}")
-        sides = {"ours": functools.partial(measure, ours), "neural-tangents": lambda: tuple(peer.ask("run"))}
+        sides: dict[str, Callable[[], Measured]] = {"ours": functools.partial(measure, ours)}
+        sides["neural-tangents"] = lambda: tuple(peer.ask("run"))
         if case["kernel"] == "nngp" and not gradient and len(case["shape"]) == 1:
             sides["BoTorch"] = functools.partial(measure, botorch_forward(case))
         in_turn(sides, 1)
         found = in_turn(sides, repeats)
         for index, (metric, unit) in enumerate(METRICS):
-            columns = {name: [each[index] for each in values] for name, values in found.items()}
+            columns = {name: [each[index] for each in times] for name, times in found.items()}
             costs[gradient, metric] = columns
             rows += [
                 row(label, metric, unit, columns["ours"], columns[name], name, "lower")
@@ -146,9 +150,9 @@ def compare(case: dict[str, Any], peer: Peer, repeats: int) -> list[dict[str, An
     for metric, _ in METRICS:
         if (True, metric) in costs:
             both, forward = costs[True, metric], costs[False, metric]
-            ours, theirs = ([min(both[name]) / min(forward[name])] for name in ("ours", "neural-tangents"))
+            own, other = ([min(both[name]) / min(forward[name])] for name in ("ours", "neural-tangents"))
             name = f"value and gradient, {metric}"
-            rows.append(row(name_of(case), name, "forward evaluations", ours, theirs, "neural-tangents", "lower"))
+            rows.append(row(name_of(case), name, "forward evaluations", own, other, "neural-tangents", "lower"))
     return rows
 
 
