@@ -10,7 +10,9 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from bayesnn import Model, likelihoods
+from bayesnn.processes.architectures import mlp
 from bayesnn.processes.gradient_flow import NTKEnsemble, gradient_flow
+from bayesnn.processes.kernels import NTKKernel
 
 
 class ReLUNetwork(torch.nn.Module):
@@ -221,6 +223,21 @@ def test_saved_with_the_kernel_given_again(tmp_path) -> None:
     assert torch.equal(loaded.posterior(X_new).mean, model.posterior(X_new).mean)
     assert torch.equal(loaded.posterior(X_new).variance, model.posterior(X_new).variance)
     assert kernel.weight_var.requires_grad
+
+
+def test_default_kernel_is_saved_by_its_arguments(tmp_path) -> None:
+    X, Y, X_new = problem(n=12)
+    model = NTKEnsemble(depth=2, activation="erf").fit(X, Y)
+    given = NTKEnsemble(NTKKernel(2, "erf")).fit(X, Y)
+    assert torch.equal(model.predict(X_new).mean, given.predict(X_new).mean)
+    model.save(tmp_path / "model")
+    assert torch.equal(Model.load(tmp_path / "model").predict(X_new).mean, model.predict(X_new).mean)
+    layers = NTKEnsemble(architecture=mlp(2, "erf")).fit(X, Y)
+    assert torch.equal(layers.predict(X_new).mean, model.predict(X_new).mean)
+    layers.save(tmp_path / "layers")
+    assert torch.equal(Model.load(tmp_path / "layers").predict(X_new).mean, model.predict(X_new).mean)
+    with pytest.raises(ValueError, match="depth"):
+        NTKEnsemble(depth=0)
 
 
 def test_bad_settings() -> None:
