@@ -31,9 +31,9 @@ from bayesnn.likelihoods import Categorical
 from bayesnn.model import Model
 from bayesnn.posteriors import Gaussian as GaussianPosterior
 from bayesnn.predictive import Predictive
+from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.memory import check_memory
 from bayesnn.processes.sparse_prior import Parameters, SparsePrior, network_prior
-from bayesnn.processes.student_t import KernelFactory, network_kernel
 
 MATRICES = 8  # of n x n that a fit holds at its peak, measured, beside one for each class when it is done
 ROWS = 1024  # of a prediction in work at once
@@ -184,7 +184,7 @@ class DirichletNNGP(Model):
         super().__init__(likelihood)
         if not isinstance(likelihood, Categorical):
             raise TypeError(f"likelihood must be likelihoods.Categorical, found {likelihood!r}")
-        network_kernel(1, torch.Size([]), depth, activation)  # raises its errors
+        MLPKernel(depth, activation)  # raises its errors
         self.depth, self.activation, self.kernel, self.optimise = depth, activation, kernel, optimise
         self.num_classes = likelihood.num_classes
         self.alpha_epsilon = positive("alpha_epsilon", alpha_epsilon)

@@ -13,9 +13,10 @@ from torch.distributions import Normal
 from bayesnn.likelihoods import Gaussian
 from bayesnn.posteriors import ScaleMixture
 from bayesnn.predictive import Predictive
+from bayesnn.processes.kernels import KernelFactory
 from bayesnn.processes.scale_mixtures import HalfCauchy, MixingLaw, WeightedVariances, importance_sample
 from bayesnn.processes.shared_scale import Conditioned, MixturePrior, gaussian, gaussian_marginals
-from bayesnn.processes.student_t import KernelFactory, StudentTProcess
+from bayesnn.processes.student_t import StudentTProcess
 
 
 class InfinitePredictive(Predictive):

@@ -26,9 +26,9 @@ from bayesnn.files import fingerprint
 from bayesnn.inference.lbfgs import LBFGSState, Objective, lbfgs_init, lbfgs_step
 from bayesnn.inference.run import run
 from bayesnn.likelihoods import Gaussian
+from bayesnn.processes.kernels import KernelFactory
 from bayesnn.processes.sparse_posterior import InducingValues, SparseProcess
 from bayesnn.processes.sparse_prior import Inducing, Parameters, SparsePrior
-from bayesnn.processes.student_t import KernelFactory
 from bayesnn.registry import register
 
 ROWS = 4096  # in work at once, with M numbers each for every output

@@ -14,8 +14,8 @@ from bayesnn.likelihoods import Categorical, Gaussian, Histogram, Likelihood
 from bayesnn.model import Model
 from bayesnn.posteriors import Gaussian as GaussianPosterior
 from bayesnn.predictive import Predictive
+from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.sparse_prior import Inducing, Parameters, Projection, SparsePrior, network_prior
-from bayesnn.processes.student_t import KernelFactory, network_kernel
 
 ROWS = 4096  # of a prediction in work at once
 
@@ -58,7 +58,7 @@ class SparseProcess(Model):
         optimise: bool,
     ) -> None:
         super().__init__(likelihood)
-        network_kernel(1, torch.Size([]), depth, activation)  # raises its errors
+        MLPKernel(depth, activation)  # raises its errors
         self.depth, self.activation, self.kernel, self.optimise = depth, activation, kernel, optimise
         self._prior: SparsePrior
         self._inducing: Inducing

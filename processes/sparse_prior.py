@@ -17,8 +17,8 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.kernels.nystrom import nystrom
-from bayesnn.processes.student_t import KernelFactory, network_kernel
 
 JITTER = 1e-10  # of the inducing covariance, as a share of its mean diagonal
 
@@ -132,5 +132,5 @@ def network_prior(
     batch = torch.Size([]) if shared else torch.Size([num_latents])
     if kernel is not None:
         return SparsePrior(kernel(num_features, batch), num_latents)
-    network = network_kernel(num_features, batch, depth, activation)
+    network = MLPKernel(depth, activation)(num_features, batch)
     return SparsePrior(ScaleKernel(network, LogNormalPrior(-0.5, 1.0), batch_shape=batch), num_latents)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from botorch.optim.core import scipy_minimize
 from botorch.posteriors import Posterior
-from gpytorch.kernels import Kernel
-from gpytorch.priors import LogNormalPrior
 from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
@@ -22,7 +20,7 @@ from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
-from bayesnn.processes.kernels import NNGPKernel
+from bayesnn.processes.kernels import FourierKernel, KernelFactory, MLPKernel
 from bayesnn.processes.memory import check_memory
 from bayesnn.processes.shared_scale import (
     Conditioned,
@@ -35,8 +33,6 @@ from bayesnn.processes.shared_scale import (
     predict_marginals,
 )
 from bayesnn.registry import register
-
-KernelFactory = Callable[[int, torch.Size], Kernel]
 
 MATRICES = 7  # of n x n for each output that a fit holds at its peak, measured
 FARTHEST = 8.0  # that an unconstrained hyperparameter, mostly a logarithm, may move from its default
@@ -120,7 +116,7 @@ class StudentTProcess(Model):
         for name, value in (("shape", shape), ("scale", scale)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, or None, found {value}")
-        network_kernel(1, torch.Size([]), depth, activation)  # raises the errors above
+        MLPKernel(depth, activation)  # raises the errors above
         self.depth, self.activation, self.optimise, self.kernel = depth, activation, optimise, kernel
         self.shape, self.scale = shape, scale
         self._prior: MixturePrior
@@ -131,7 +127,7 @@ class StudentTProcess(Model):
         noise = (2 * fixed["log_noise_std"]).exp().squeeze(0) if fixed else None
         d, batch = data.X.shape[-1], torch.Size([data.Y.shape[-1]])
         own = self.kernel
-        kernel = network_kernel(d, batch, self.depth, self.activation) if own is None else own(d, batch)
+        kernel = MLPKernel(self.depth, self.activation)(d, batch) if own is None else own(d, batch)
         return MixturePrior(kernel, data.Y.shape[-1], self.shape, self.scale, noise)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
@@ -230,19 +226,6 @@ class StudentTProcess(Model):
         self._take(prior, self._data)
 
 
-def network_kernel(num_features: int, batch_shape: torch.Size, depth: int, activation: str) -> Kernel:
-    """The kernel of an infinitely wide network with the weak log-normal priors of :class:`NNGP` (our choice)."""
-    return NNGPKernel(
-        depth=depth,
-        activation=activation,
-        ard_num_dims=num_features,
-        batch_shape=batch_shape,
-        lengthscale_prior=LogNormalPrior(0.0, 1.0),
-        weight_var_prior=LogNormalPrior(0.5, 0.5),
-        bias_var_prior=LogNormalPrior(-2.0, 1.0),
-    )
-
-
 def _seen(prior: MixturePrior, data: Data) -> Conditioned:
     X = data.X.double()
     return condition(prior, no_observations(prior, X.shape[-1]), X, data.Y.double())
@@ -252,4 +235,9 @@ def _of_dtype(posterior: StudentT, dtype: torch.dtype) -> StudentT:
     return StudentT(posterior.loc.to(dtype), posterior.scale.to(dtype), posterior.df)
 
 
-register("student-t", StudentTProcess)
+def _surrogate(**options: Any) -> StudentTProcess:
+    plain = options.keys() & {"depth", "activation", "kernel"}
+    return StudentTProcess(**options) if plain else StudentTProcess(kernel=FourierKernel(), **options)
+
+
+register("student-t", _surrogate)

@@ -24,9 +24,9 @@ from bayesnn.files import fingerprint
 from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, warmup_cosine
 from bayesnn.inference.run import run
 from bayesnn.likelihoods import Likelihood
+from bayesnn.processes.kernels import KernelFactory
 from bayesnn.processes.sparse_posterior import InducingValues, SparseProcess
 from bayesnn.processes.sparse_prior import Parameters, SparsePrior
-from bayesnn.processes.student_t import KernelFactory
 
 NODES = 20  # of the Gauss-Hermite quadrature, exact for log densities that are polynomials of degree 39
 _OWN = "likelihood."

@@ -37,8 +37,8 @@ from bayesnn.likelihoods import Likelihood
 from bayesnn.model import Model
 from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
+from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.scale_mixtures import InverseGamma
-from bayesnn.processes.student_t import KernelFactory, network_kernel
 
 RATIO_PRIOR = LogNormalPrior(0.0, 1.0)  # of beta / alpha, weak, ours
 JITTER = 1e-6  # of the inducing covariance, as a share of its mean diagonal
@@ -235,7 +235,7 @@ class VariationalStudentTProcess(Model):
             raise ValueError(f"shape must be positive and finite, found {shape}")
         if num_draws < 1:
             raise ValueError(f"num_draws must be positive, found {num_draws}")
-        network_kernel(1, torch.Size([]), depth, activation)  # raises the other errors
+        MLPKernel(depth, activation)  # raises the other errors
         self.depth, self.activation, self.kernel, self.shape, self.num_draws = (
             depth,
             activation,
@@ -250,7 +250,7 @@ class VariationalStudentTProcess(Model):
     def _kernel(self, num_features: int) -> Kernel:
         if self.kernel is not None:
             return self.kernel(num_features, torch.Size([]))
-        return network_kernel(num_features, torch.Size([]), self.depth, self.activation)
+        return MLPKernel(self.depth, self.activation)(num_features, torch.Size([]))
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         options.pop("target_ess")
