@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -80,16 +81,28 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
     return with_gaussian_prior(target, position, value.detach(), gradient)
 
 
+class _Validation:
+    """Whether torch.distributions check their arguments: one setting for all threads, back on when the last one is done."""
+
+    lock, num_users, previous = threading.Lock(), 0, True
+
+
 @contextmanager
 def without_validation() -> Iterator[None]:
-    """Within it, distributions don't check their arguments."""
+    """Within it, torch.distributions take any arguments."""
     # A trajectory that diverges asks for a density at NaN, or with a scale of zero: a move to reject, not an error.
-    previous = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
+    with _Validation.lock:
+        if _Validation.num_users == 0:
+            _Validation.previous = Distribution._validate_args
+            Distribution.set_default_validate_args(False)
+        _Validation.num_users += 1
     try:
         yield
     finally:
-        Distribution.set_default_validate_args(previous)
+        with _Validation.lock:
+            _Validation.num_users -= 1
+            if _Validation.num_users == 0:
+                Distribution.set_default_validate_args(_Validation.previous)
 
 
 def without_gaussian_prior(target: Target, parameters: Parameters, batch: Data | None) -> Tensor:
