@@ -162,14 +162,10 @@ class _ReLUMoments(torch.autograd.Function):
         minus_cos = (cov * -_one_where_zero(std1).reciprocal()).mul_(_one_where_zero(std2).reciprocal())
         sin = _cosine_of(minus_cos)
         supplement = torch.atan2(sin, minus_cos)  # pi - theta
+        kappa = sin.addcmul_(minus_cos, supplement, value=-1).mul_(std1 / (2 * math.pi)).mul_(std2)
         ctx.set_materialize_grads(False)
         if any(ctx.needs_input_grad):
-            # Another sine in the gradient would cost as much as the angle.
-            ctx.save_for_backward(var1, var2, supplement, sin, minus_cos if both else None)
-            kappa = torch.addcmul(sin, minus_cos, supplement, value=-1)
-        else:
-            kappa = sin.addcmul_(minus_cos, supplement, value=-1)
-        kappa = kappa.mul_(std1 / (2 * math.pi)).mul_(std2)
+            ctx.save_for_backward(var1, var2, supplement)
         return kappa, supplement / (2 * math.pi) if both else None
 
     @staticmethod
@@ -177,21 +173,19 @@ class _ReLUMoments(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None and grad_dot is None:
             return None, None, None, None
-        var1, var2, supplement, sin, minus_cos = ctx.saved_tensors
+        var1, var2, supplement = ctx.saved_tensors
         needs_vars = any(ctx.needs_input_grad[:2])
         grad_cov, grad_log_var = torch.zeros_like(var1), torch.zeros_like(var1)
-        if grad_dot is not None:
-            cos = minus_cos.neg() if needs_vars else None
-            grad_cov, grad_log_var = _angle_gradients(grad_dot / (2 * math.pi), cos, sin, var1, var2)
+        sin = supplement.sin() if needs_vars or grad_dot is not None else supplement
         if grad is not None:
-            through_cov = grad * supplement
-            grad_cov = (
-                through_cov.mul_(1 / (2 * math.pi))
-                if grad_dot is None
-                else torch.add(grad_cov, through_cov, alpha=1 / (2 * math.pi))
-            )
+            grad_cov = grad * supplement / (2 * math.pi)
             if needs_vars:  # a dkappa/da = b dkappa/db = sqrt(ab) sin(theta) / (4 pi)
-                grad_log_var = (sin * grad).mul_(var1.sqrt() / (4 * math.pi)).mul_(var2.sqrt()).add_(grad_log_var)
+                grad_log_var = (sin * grad).mul_(var1.sqrt() / (4 * math.pi)).mul_(var2.sqrt())
+        if grad_dot is not None:
+            through_cov, through_log_var = _angle_gradients(
+                grad_dot / (2 * math.pi), -supplement.cos(), sin, var1, var2
+            )
+            grad_cov, grad_log_var = grad_cov + through_cov, grad_log_var + through_log_var
         return *_to_inputs(ctx, grad_log_var, grad_cov, var1, var2), None
 
 
@@ -211,19 +205,14 @@ class _SignKappa(torch.autograd.Function):
         return _to_inputs(ctx, grad_log_var, grad_cov, var1, var2)
 
 
-def _angle_gradients(
-    grad: Tensor, cos: Tensor | None, sin: Tensor, var1: Tensor, var2: Tensor
-) -> tuple[Tensor, Tensor]:
+def _angle_gradients(grad: Tensor, cos: Tensor, sin: Tensor, var1: Tensor, var2: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient with respect to arcsin(c / sqrt(ab)) to those with respect to c, and to log a or log b.
 
-    0 at coincident and at opposite points and at zero variance, which are kinks. Without ``cos``, the second is 0.
+    0 at coincident and at opposite points and at zero variance, which are kinks.
     """
-    kink = math.sqrt(_KINK * torch.finfo(sin.dtype).eps)
-    pull = sin.masked_fill(sin.abs() <= kink, math.inf).reciprocal_().mul_(grad)
-    for var in (var1, var2):
-        pull = pull.mul_(var > 0)
-    grad_log_var = torch.zeros_like(var1) if cos is None else (pull * cos).mul_(-0.5)
-    return pull.mul_(_one_where_zero(var1).rsqrt()).mul_(_one_where_zero(var2).rsqrt()), grad_log_var
+    smooth = (sin * sin > _KINK * torch.finfo(sin.dtype).eps) & (var1 > 0) & (var2 > 0)
+    pull = torch.where(smooth, grad / torch.where(smooth, sin, 1), 0)
+    return pull * _one_where_zero(var1).rsqrt() * _one_where_zero(var2).rsqrt(), pull * cos / -2
 
 
 def _to_inputs(
@@ -238,8 +227,7 @@ def _to_inputs(
 
 
 def _cosine_of(sine: Tensor) -> Tensor:
-    square = torch.addcmul(sine.new_ones(()), sine, sine, value=-1).clamp_min_(torch.finfo(sine.dtype).tiny)
-    return square.rsqrt().mul_(square)  # on processors twice as fast as the square root
+    return torch.addcmul(sine.new_ones(()), sine, sine, value=-1).clamp_min_(0).sqrt_()
 
 
 def _one_where_zero(value: Tensor) -> Tensor:
