@@ -73,8 +73,9 @@ def test_gaussian_posterior(name):
 
 
 @pytest.mark.parametrize("sampler", [HMC, NUTS, MALA, RandomWalk, AdjustedMCLMC, MCLMC])
-def test_impossible_parameters_on_the_way_are_rejected(sampler):
+def test_impossible_parameters_on_the_way_are_rejected(sampler, monkeypatch):
     """torch.distributions refuse a scale that has overflown to 0 or NaN: here that's a move to reject."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # torch.compile turns it off for good
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, generator=generator)
     y = 2 * x + 0.1 * torch.randn(20, generator=generator)
@@ -91,8 +92,9 @@ def test_impossible_parameters_on_the_way_are_rejected(sampler):
         torch.distributions.Normal(0.0, -1.0)  # validation is on again
 
 
-def test_validation_is_back_whatever_the_threads_order():
+def test_validation_is_back_whatever_the_threads_order(monkeypatch):
     """Two threads, the first of which is done before the second."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     first, second = without_validation(), without_validation()
     first.__enter__()
     second.__enter__()
