@@ -136,39 +136,53 @@ def _subtree(
     generator: torch.Generator,
 ) -> tuple[Leaf, Tree, Progress]:
     """2^depth more leapfrog steps from an edge; chains whose subtree turns or diverges aren't active any more."""
-    leapfrog, step = fused(density, leapfrog_step), step_size.unsqueeze(-1)
+    next_leaf, step = fused(density, _next_leaf), step_size.unsqueeze(-1)
     starts: dict[int, tuple[Tensor, Tensor]] = {}  # of unfinished subtrees: first momenta, and the sums before them
     none = torch.full_like(start_energy, -torch.inf)
     tree = Tree(leaf.point, start_energy, none, torch.zeros_like(leaf.momentum))
+    uniforms = _uniform(start_energy.expand(2**depth, -1), generator)
     for index in range(2**depth):
-        point, momentum = leapfrog(leaf.point, leaf.momentum, step, mass)
-        leaf = Leaf(point, momentum)
-        energy = mass.kinetic(momentum) - point.log_density.double()
-        error = (energy - start_energy).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
-        log_weight = torch.logaddexp(tree.log_weight, -error)
-        taken = _uniform(energy, generator).log() < -error - log_weight
-        proposal, energy = _choose(taken, (point, energy), (tree.proposal, tree.energy))
+        sum_before = tree.momentum_sum
+        leaf, tree, progress = next_leaf(leaf, tree, progress, uniforms[index], start_energy, step, mass)
         level = (index >> 1).bit_count()
         if index % 2 == 0:
-            starts[level] = (momentum, tree.momentum_sum)
-        tree = Tree(proposal, energy, log_weight, tree.momentum_sum + momentum)
-
-        active, diverged = progress.active, progress.active & (error > MAX_ENERGY_ERROR)
-        progress = Progress(
-            active & ~diverged,
-            progress.diverging | diverged,
-            progress.num_steps + active,
-            progress.acceptance + torch.where(active, (-error).clamp_max(0).exp(), 0.0),
-        )
+            starts[level] = (leaf.momentum, sum_before)
         # An odd leaf is the last of as many balanced subtrees as its index has ones at the end.
         num_ends = ((index + 1) & -(index + 1)).bit_length() - 1
         for ending in range(level - num_ends + 1, level + 1):
             first_momentum, sum_before = starts[ending]
-            turned = is_turning(mass, first_momentum, momentum, tree.momentum_sum - sum_before)
+            turned = is_turning(mass, first_momentum, leaf.momentum, tree.momentum_sum - sum_before)
             progress = progress._replace(active=progress.active & ~turned)
         if not bool(progress.active.any()):
             break
     return leaf, tree, progress
+
+
+def _next_leaf(
+    density: Density,
+    leaf: Leaf,
+    tree: Tree,
+    progress: Progress,
+    uniform: Tensor,
+    start_energy: Tensor,
+    step: Tensor,
+    mass: Mass,
+) -> tuple[Leaf, Tree, Progress]:
+    """One leapfrog step on, and the tree with the leaf that it leads to: one program where the density is compiled."""
+    leaf = Leaf(*leapfrog_step(density, leaf.point, leaf.momentum, step, mass))
+    energy = mass.kinetic(leaf.momentum) - leaf.point.log_density.double()
+    error = (energy - start_energy).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    log_weight = torch.logaddexp(tree.log_weight, -error)
+    taken = uniform.log() < -error - log_weight
+    proposal, energy = _choose(taken, (leaf.point, energy), (tree.proposal, tree.energy))
+    active, diverged = progress.active, progress.active & (error > MAX_ENERGY_ERROR)
+    progress = Progress(
+        active & ~diverged,
+        progress.diverging | diverged,
+        progress.num_steps + active,
+        progress.acceptance + torch.where(active, (-error).clamp_max(0).exp(), 0.0),
+    )
+    return leaf, Tree(proposal, energy, log_weight, tree.momentum_sum + leaf.momentum), progress
 
 
 def is_turning(mass: Mass, first: Tensor, last: Tensor, momentum_sum: Tensor) -> Tensor:
