@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -54,9 +55,19 @@ class Compiled:
         """The function with its first arguments given, compiled once."""
         key = (function, *first)
         if key not in self._programs:
-            program = torch.compile(_own_program(function, *first))
-            self._programs[key] = backends(getattr(self.target, "network", None))(program)
+            self._programs[key] = self._with_backends(torch.compile(_own_program(function, *first)))
         return self._programs[key]
+
+    def _with_backends(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        context = backends(getattr(self.target, "network", None))
+        if isinstance(context, nullcontext):
+            return program
+
+        def within(*arguments: Any) -> Any:
+            with context:
+                return program(*arguments)
+
+        return within
 
     def log_density_and_gradient(self, position: Tensor, batch: Data | None = None) -> tuple[Tensor, Tensor]:
         """As :func:`bayesnn.inference.flat.log_density_and_gradient`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bayesnn.data import Data
+from bayesnn.inference.process_wide import ProcessWide
 from bayesnn.inference.target import Parameters, Target, log_density
 
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -73,7 +73,7 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
     if compiled is not None:
         return compiled(position, batch)
     leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
-    with torch.enable_grad(), without_validation():
+    with torch.enable_grad(), without_validation:
         value = without_gaussian_prior(target, leaves, batch)
         # Zero for a parameter that the network doesn't use.
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
@@ -81,28 +81,19 @@ def log_density_and_gradient(target: Target, position: Tensor, batch: Data | Non
     return with_gaussian_prior(target, position, value.detach(), gradient)
 
 
-class _Validation:
-    """Whether torch.distributions check their arguments: one setting for all threads, back on when the last one is done."""
-
-    lock, num_users, previous = threading.Lock(), 0, True
-
-
 @contextmanager
-def without_validation() -> Iterator[None]:
-    """Within it, torch.distributions take any arguments."""
-    # A trajectory that diverges asks for a density at NaN, or with a scale of zero: a move to reject, not an error.
-    with _Validation.lock:
-        if _Validation.num_users == 0:
-            _Validation.previous = Distribution._validate_args
-            Distribution.set_default_validate_args(False)
-        _Validation.num_users += 1
+def _validation_off() -> Iterator[None]:
+    previous = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
-        with _Validation.lock:
-            _Validation.num_users -= 1
-            if _Validation.num_users == 0:
-                Distribution.set_default_validate_args(_Validation.previous)
+        Distribution.set_default_validate_args(previous)
+
+
+# A trajectory that diverges asks for a density at NaN, or with a scale of zero: a move to reject, not an error.
+without_validation = ProcessWide(_validation_off)
+"""Within it, torch.distributions take any arguments."""
 
 
 def without_gaussian_prior(target: Target, parameters: Parameters, batch: Data | None) -> Tensor:
@@ -145,7 +136,7 @@ def log_joint(target: Target, position: Tensor, log_likelihood: Callable[[Parame
     parts = []
     for function in (target.log_prior, log_likelihood):
         leaves = {name: values.detach().requires_grad_() for name, values in unravel(position, target.shapes()).items()}
-        with torch.enable_grad(), without_validation():
+        with torch.enable_grad(), without_validation:
             value = function(leaves)
             if not value.requires_grad:  # a constant
                 parts.append((value, torch.zeros_like(position)))

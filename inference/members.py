@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesnn.data import BayesnnWarning
+from bayesnn.inference.process_wide import ProcessWide
 from bayesnn.inference.target import Parameters
 
 NETWORK = "network."
@@ -53,12 +54,7 @@ def apply_network(network: nn.Module, parameters: Parameters, X: Tensor, shared:
 
 
 @contextmanager
-def backends(network: nn.Module | None) -> Iterator[None]:
-    """Within it, PyTorch takes kernels that can evaluate the network's members; a compiled program is called within it too."""
-    # The fused kernels of attention and of whole encoder layers have no rule for many weights, or no derivative there.
-    if getattr(network, EVALUATION, None) != PLAIN_ATTENTION:
-        yield
-        return
+def _plain_attention() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -66,6 +62,15 @@ def backends(network: nn.Module | None) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+plain_attention = ProcessWide(_plain_attention)
+
+
+def backends(network: nn.Module | None) -> AbstractContextManager[None]:
+    """Within it, PyTorch takes kernels that can evaluate the network's members; a compiled program is called within it too."""
+    # The fused kernels of attention and of whole encoder layers have no rule for many weights, or no derivative there.
+    return plain_attention if getattr(network, EVALUATION, None) == PLAIN_ATTENTION else nullcontext()
 
 
 def check_network(network: nn.Module) -> None:

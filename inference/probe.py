@@ -20,7 +20,7 @@ def probe(target: Any) -> dict[str, Any]:
         target = target.target
     if not hasattr(target, "shapes"):
         return {}
-    with torch.random.fork_rng(devices=[]), without_validation():
+    with torch.random.fork_rng(devices=[]), without_validation:
         # For initial points that come from the global generator in spite of the given one.
         torch.default_generator.manual_seed(0)
         generator = torch.Generator().manual_seed(0)

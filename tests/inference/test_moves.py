@@ -5,7 +5,7 @@ import torch
 from oracles import effective_sizes, z_score
 
 from bayesnn.inference import FunctionTarget, run
-from bayesnn.inference.flat import density_of, without_validation
+from bayesnn.inference.flat import density_of
 from bayesnn.inference.mcmc import HMC, MALA, MCLMC, NUTS, AdjustedMCLMC, RandomWalk
 from bayesnn.inference.mcmc.chain import start
 from bayesnn.inference.mcmc.mass import Diagonal
@@ -90,16 +90,3 @@ def test_impossible_parameters_on_the_way_are_rejected(sampler, monkeypatch):
     assert bool(torch.isfinite(slopes).all())
     with pytest.raises(ValueError, match="scale"):
         torch.distributions.Normal(0.0, -1.0)  # validation is on again
-
-
-def test_validation_is_back_whatever_the_threads_order(monkeypatch):
-    """Two threads, the first of which is done before the second."""
-    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
-    first, second = without_validation(), without_validation()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    torch.distributions.Normal(0.0, -1.0)
-    second.__exit__(None, None, None)
-    with pytest.raises(ValueError, match="scale"):
-        torch.distributions.Normal(0.0, -1.0)
