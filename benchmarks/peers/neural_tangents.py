@@ -75,7 +75,7 @@ def _repeated(layer, num_positions):
 
 def branches(layer, num_positions, combined):
     """Side by side."""
-    made = [translate(branch, num_positions) for branch in layer["branches"]]
+    made = [translate(branch, num_positions) for branch in layer["layers"]]
     both = stax.parallel(*(branch for branch, _ in made))
     return stax.serial(stax.FanOut(len(made)), both, combined), made[0][1]
 

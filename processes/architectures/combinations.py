@@ -17,8 +17,8 @@ from bayesnn.processes.dual_activations import DualActivation, dual_activation
 
 
 @dataclass(frozen=True)
-class Sequential(Configured):
-    """Layers one after the other; :func:`serial` takes them as arguments.
+class Combination(Configured):
+    """Layers with weights of their own, put together.
 
     Args:
         layers: at least one.
@@ -40,6 +40,11 @@ class Sequential(Configured):
     def mixes_positions(self) -> bool:
         """Whether one of them does."""
         return any(layer.mixes_positions() for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Sequential(Combination):
+    """Layers one after the other; :func:`serial` takes them as arguments."""
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """Through one after the other."""
@@ -89,65 +94,23 @@ class Repeated(Configured):
 
 
 @dataclass(frozen=True)
-class Sum(Configured):
-    """Branches that share their input, added up. Their weights are independent, so that their covariances add up too.
-
-    Args:
-        branches: at least one.
-
-    Raises:
-        TypeError: if one isn't a layer.
-        ValueError: if there is none.
-    """
-
-    branches: Sequence[Layer]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "branches", _checked("branches", self.branches))
-
-    def variances(self) -> list[tuple[float, float]]:
-        """Those of all branches."""
-        return [pair for branch in self.branches for pair in branch.variances()]
-
-    def mixes_positions(self) -> bool:
-        """Whether one of them does."""
-        return any(branch.mixes_positions() for branch in self.branches)
+class Sum(Combination):
+    """Branches that share their input, added up. Their weights are independent, so that their covariances add up too."""
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """The sum of what the branches give."""
-        return _added(_outputs(self.branches, covariance, variances))
+        return _added(_outputs(self.layers, covariance, variances))
 
 
 @dataclass(frozen=True)
-class Concatenation(Configured):
-    """Branches that share their input, their channels (as many each) side by side: the mean of their covariances.
-
-    Args:
-        branches: at least one.
-
-    Raises:
-        TypeError: if one isn't a layer.
-        ValueError: if there is none.
-    """
-
-    branches: Sequence[Layer]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "branches", _checked("branches", self.branches))
-
-    def variances(self) -> list[tuple[float, float]]:
-        """Those of all branches."""
-        return [pair for branch in self.branches for pair in branch.variances()]
-
-    def mixes_positions(self) -> bool:
-        """Whether one of them does."""
-        return any(branch.mixes_positions() for branch in self.branches)
+class Concatenation(Combination):
+    """Branches that share their input, their channels (as many each) side by side: the mean of their covariances."""
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """The mean of what the branches give."""
-        total = _added(_outputs(self.branches, covariance, variances))
-        gaussian = total.gaussian and len(self.branches) == 1
-        return total.map(lambda values: values / len(self.branches), gaussian=gaussian)
+        total = _added(_outputs(self.layers, covariance, variances))
+        gaussian = total.gaussian and len(self.layers) == 1
+        return total.map(lambda values: values / len(self.layers), gaussian=gaussian)
 
 
 def serial(*layers: Layer) -> Sequential:

@@ -28,7 +28,7 @@ from bayesnn.processes.architectures.combinations import Concatenation, Repeated
 from bayesnn.processes.architectures.convolutions import Convolution
 from bayesnn.processes.architectures.graphs import Aggregate, check_nodes, needs_graphs, unflattened
 from bayesnn.processes.architectures.layers import Activation, Dense, Dropout, Flatten, Identity, Layer, LayerNorm
-from bayesnn.processes.architectures.pooling import AveragePooling, GlobalAveragePooling, GlobalSumPooling, SumPooling
+from bayesnn.processes.architectures.pooling import GlobalPooling, WindowPooling
 from bayesnn.processes.architectures.windows import Window, windows
 from bayesnn.processes.dual_activations import dual_activation
 
@@ -190,19 +190,17 @@ def _(layer: Convolution, plan: Plan) -> tuple[nn.Module, Shape]:
     return nn.Sequential(modules.Pad(pads, layer.padding), convolution), (plan.channels, *sizes)
 
 
-@build.register(AveragePooling)
-@build.register(SumPooling)
-def _(layer: AveragePooling | SumPooling, plan: Plan) -> tuple[nn.Module, Shape]:
+@build.register
+def _(layer: WindowPooling, plan: Plan) -> tuple[nn.Module, Shape]:
     sides, pads, sizes = _sides(layer, layer.size, layer.size if layer.stride is None else layer.stride, plan.shape)
-    pool = modules.Pool([(side.size, side.stride) for side in sides], mean=isinstance(layer, AveragePooling))
+    pool = modules.Pool([(side.size, side.stride) for side in sides], mean=layer.mean)
     return nn.Sequential(modules.Pad(pads, layer.padding), pool), (plan.shape[0], *sizes)
 
 
-@build.register(GlobalAveragePooling)
-@build.register(GlobalSumPooling)
-def _(layer: GlobalAveragePooling | GlobalSumPooling, plan: Plan) -> tuple[nn.Module, Shape]:
+@build.register
+def _(layer: GlobalPooling, plan: Plan) -> tuple[nn.Module, Shape]:
     _check_positions(layer, plan.shape)
-    return modules.GlobalPool(mean=isinstance(layer, GlobalAveragePooling)), plan.shape[:1]
+    return modules.GlobalPool(mean=layer.mean), plan.shape[:1]
 
 
 @build.register
@@ -252,7 +250,7 @@ def _(layer: Sequential | Repeated, plan: Plan) -> tuple[nn.Module, Shape]:
 
 @build.register
 def _(layer: Sum, plan: Plan) -> tuple[nn.Module, Shape]:
-    made, shapes = zip(*(build(branch, plan) for branch in layer.branches), strict=True)
+    made, shapes = zip(*(build(branch, plan) for branch in layer.layers), strict=True)
     if len(set(shapes)) > 1:
         raise ValueError(f"branches that are added must have outputs of one shape, found {', '.join(map(str, shapes))}")
     return modules.Branches(made, "sum"), shapes[0]
@@ -260,11 +258,11 @@ def _(layer: Sum, plan: Plan) -> tuple[nn.Module, Shape]:
 
 @build.register
 def _(layer: Concatenation, plan: Plan) -> tuple[nn.Module, Shape]:
-    num = len(layer.branches)
+    num = len(layer.layers)
     if plan.channels % num and layer.variances():
         raise ValueError(f"{plan.channels} channels can't be divided among {num} branches that are concatenated")
     shared = replace(plan, channels=max(plan.channels // num, 1))
-    made, shapes = zip(*(build(branch, shared) for branch in layer.branches), strict=True)
+    made, shapes = zip(*(build(branch, shared) for branch in layer.layers), strict=True)
     if len(set(shapes)) > 1:
         raise ValueError(
             f"branches that are concatenated must have as many channels, found {', '.join(map(str, shapes))}"
@@ -292,7 +290,7 @@ def _initialised(
 
 
 def _sides(
-    layer: Convolution | AveragePooling | SumPooling,
+    layer: Convolution | WindowPooling,
     size: int | Sequence[int],
     stride: int | Sequence[int],
     shape: Shape,

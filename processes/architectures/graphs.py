@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bayesnn.processes.architectures.combinations import Concatenation, Repeated, Sequential, Sum
+from bayesnn.processes.architectures.combinations import Combination, Repeated
 from bayesnn.processes.architectures.covariance import Covariance
 from bayesnn.processes.architectures.layers import Layer, Variances
 from bayesnn.processes.architectures.mixing import mixed
@@ -105,10 +105,8 @@ def needs_graphs(architecture: Layer) -> bool:
     """Whether each input needs an adjacency matrix of its own."""
     if isinstance(architecture, Aggregate):
         return architecture.adjacency is None
-    if isinstance(architecture, (Sequential, Repeated)):
+    if isinstance(architecture, (Combination, Repeated)):
         return any(needs_graphs(layer) for layer in architecture.layers)
-    if isinstance(architecture, (Sum, Concatenation)):
-        return any(needs_graphs(layer) for layer in architecture.branches)
     return False
 
 

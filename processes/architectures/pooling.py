@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -44,19 +45,20 @@ def check_pairs(layer: object, covariance: Covariance) -> None:
 
 
 @dataclass(frozen=True)
-class AveragePooling(Mixing):
-    """Means over windows.
+class WindowPooling(Mixing):
+    """What means and sums over windows have in common.
 
     Args:
         size: of a window, or one for each dimension of positions.
         stride: from one to the next; None: as large as the window.
-        padding: as for ``Convolution``; padded zeros count in the mean.
+        padding: as for ``Convolution``; padded zeros count in a mean.
 
     Raises:
         TypeError: if sizes or strides aren't integers.
         ValueError: if they aren't positive, or the padding is unknown.
     """
 
+    mean: ClassVar[bool]
     size: int | Sequence[int] = 2
     stride: int | Sequence[int] | None = None
     padding: Padding = "valid"
@@ -66,88 +68,66 @@ class AveragePooling(Mixing):
         check_padding(self.padding)
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
-        """Means over both positions of a pair.
+        """Over both positions of a pair.
 
         Raises:
             ValueError: if covariances aren't of pairs of positions, or a window is larger than the input.
         """
         check_pairs(self, covariance)
-        return _pooled(covariance, self.size, self.stride, self.padding, mean=True)
+        num = covariance.num_positions
+        sides = windows(self.size, self.size if self.stride is None else self.stride, self.padding, num)
+        area = prod(side.size for side in sides)
+
+        def pool(values: Tensor) -> Tensor:
+            for index, side in enumerate(sides):
+                for dim in (2 * (index - num), 2 * (index - num) + 1):
+                    values = window_sums(values, (dim,), side)
+            return values / area**2 if self.mean else values
+
+        return covariance.map(pool)
 
 
-@dataclass(frozen=True)
-class SumPooling(Mixing):
-    """Sums over windows.
+class AveragePooling(WindowPooling):
+    """Means over windows."""
 
-    Args:
-        size: of a window, or one for each dimension of positions.
-        stride: from one to the next; None: as large as the window.
-        padding: as for ``Convolution``.
+    mean = True
 
-    Raises:
-        TypeError: if sizes or strides aren't integers.
-        ValueError: if they aren't positive, or the padding is unknown.
-    """
 
-    size: int | Sequence[int] = 2
-    stride: int | Sequence[int] | None = None
-    padding: Padding = "valid"
+class SumPooling(WindowPooling):
+    """Sums over windows."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, checked_sides, "size", *([] if self.stride is None else ["stride"]))
-        check_padding(self.padding)
+    mean = False
+
+
+class GlobalPooling(Mixing):
+    """What the mean and the sum over all positions have in common."""
+
+    mean: ClassVar[bool]
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
-        """Sums over both positions of a pair.
+        """Over all pairs.
 
         Raises:
-            ValueError: if covariances aren't of pairs of positions, or a window is larger than the input.
+            ValueError: if covariances aren't of pairs of positions.
         """
         check_pairs(self, covariance)
-        return _pooled(covariance, self.size, self.stride, self.padding, mean=False)
+        dims = list(range(-covariance.num_trailing, 0))
+
+        def pool(values: Tensor) -> Tensor:
+            return values.mean(dims) if self.mean else values.sum(dims)
+
+        return covariance.map(pool, num_positions=0, pairs=False)
 
 
 @dataclass(frozen=True)
-class GlobalAveragePooling(Mixing):
+class GlobalAveragePooling(GlobalPooling):
     """The mean over all positions, of images as of nodes of a graph; vectors are what is left."""
 
-    def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
-        """Means over all pairs.
-
-        Raises:
-            ValueError: if covariances aren't of pairs of positions.
-        """
-        check_pairs(self, covariance)
-        dims = list(range(-covariance.num_trailing, 0))
-        return covariance.map(lambda values: values.mean(dims), num_positions=0, pairs=False)
+    mean = True
 
 
 @dataclass(frozen=True)
-class GlobalSumPooling(Mixing):
+class GlobalSumPooling(GlobalPooling):
     """The sum over all positions, of images as of nodes of a graph; vectors are what is left."""
 
-    def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
-        """Sums over all pairs.
-
-        Raises:
-            ValueError: if covariances aren't of pairs of positions.
-        """
-        check_pairs(self, covariance)
-        dims = list(range(-covariance.num_trailing, 0))
-        return covariance.map(lambda values: values.sum(dims), num_positions=0, pairs=False)
-
-
-def _pooled(
-    covariance: Covariance, size: int | Sequence[int], stride: int | Sequence[int] | None, padding: Padding, mean: bool
-) -> Covariance:
-    num = covariance.num_positions
-    sides = windows(size, size if stride is None else stride, padding, num)
-    area = prod(side.size for side in sides)
-
-    def pool(values: Tensor) -> Tensor:
-        for index, side in enumerate(sides):
-            for dim in (2 * (index - num), 2 * (index - num) + 1):
-                values = window_sums(values, (dim,), side)
-        return values / area**2 if mean else values
-
-    return covariance.map(pool)
+    mean = False
