@@ -36,7 +36,8 @@ class NNGP(Model):
     :math:`f \sim GP(c, s K)` with the NNGP kernel K (Neal 1996; Lee et al. 2018) of ``processes.kernels.NNGPKernel``, a
     constant mean c and an output scale s, the last layer's own variance; :math:`y = f + \epsilon`. All hyperparameters
     (variances, a lengthscale for each input, c, s, noise) maximise the marginal likelihood times weak log-normal priors
-    (our choice). Outputs are independent, each with its own hyperparameters. Time is O(n^3), memory O(n^2).
+    (our choice). Outputs are independent, each with its own hyperparameters. Time is O(n^3), memory O(n^2). Computed in float64
+    whatever the data's dtype: in single precision the matrices of deep networks are singular.
 
     As the surrogate "nngp" its kernel is ``FourierKernel()``: a plain perceptron's variance grows towards the corners of a
     search space, and an optimiser that is drawn there loses to a Gaussian process with any stationary kernel.
@@ -78,11 +79,12 @@ class NNGP(Model):
         kernel = self.kernel(data.X.shape[-1], batch)
         scaled = ScaleKernel(kernel, batch_shape=batch, outputscale_prior=LogNormalPrior(-0.5, 1.0))
         noise_var = (2 * fixed["log_noise_std"]).exp().expand_as(data.Y) if fixed else None
-        return SingleTaskGP(data.X, data.Y, noise_var, covar_module=scaled, outcome_transform=None).to(data.X)
+        X, Y = data.X.double(), data.Y.double()
+        return SingleTaskGP(X, Y, noise_var, covar_module=scaled, outcome_transform=None).to(X)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
-        check_memory("NNGP", len(data), MATRICES * data.Y.shape[-1], "SparseNNGP", data.X.dtype, data.X.device)
-        self._fixed = self.likelihood.fixed_parameters(outcome_scale)
+        check_memory("NNGP", len(data), MATRICES * data.Y.shape[-1], "SparseNNGP", torch.float64, data.X.device)
+        self._fixed = self.likelihood.fixed_parameters(outcome_scale.double())
         gp = self._build(data, self._fixed)
         if self.optimise:
             # BoTorch's retries draw from the global generator; the context puts its state back.
@@ -98,12 +100,11 @@ class NNGP(Model):
 
     def _latent(self, X: Tensor) -> GaussianPosterior:
         with _exact():
-            return GaussianPosterior(self._gp.posterior(X).distribution)
+            return GaussianPosterior(self._gp.posterior(X.double()).distribution).of_dtype(X.dtype)
 
     def _likelihood_parameters(self) -> dict[str, Tensor]:
-        if self._fixed:
-            return self._fixed
-        return {"log_noise_std": 0.5 * self._gp.likelihood.noise.log().reshape(1, -1)}
+        parameters = self._fixed or {"log_noise_std": 0.5 * self._gp.likelihood.noise.log().reshape(1, -1)}
+        return {name: value.to(self._require_fitted().X) for name, value in parameters.items()}
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -112,7 +113,7 @@ class NNGP(Model):
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
         """Exact conditioning on more observations, with the hyperparameters kept."""
-        scaled, standardised = self._observed(X, Y)
+        scaled, standardised = (values.double() for values in self._observed(X, Y))
         conditioned = self._copy()
         conditioned._conditioned = True
         noise = (2 * self._fixed["log_noise_std"]).exp().expand_as(standardised) if self._fixed else None
@@ -126,7 +127,7 @@ class NNGP(Model):
 
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
         assert self._data is not None
-        self._fixed = self.likelihood.fixed_parameters(self._outcomes.scale)
+        self._fixed = self.likelihood.fixed_parameters(self._outcomes.scale.double())
         gp = self._build(self._data, self._fixed)
         gp.load_state_dict(tensors)
         self._gp = gp.eval().requires_grad_(False)

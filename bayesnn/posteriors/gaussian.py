@@ -40,6 +40,12 @@ class Gaussian(GPyTorchPosterior):
         """The posterior of some of the outputs."""
         return Gaussian.from_moments(self.mean[..., indices], self.output_covariance.to_dense()[..., indices, :, :])
 
+    def of_dtype(self, dtype: torch.dtype) -> Gaussian:
+        """The same in another precision."""
+        if self.mean.dtype == dtype:
+            return self
+        return Gaussian.from_moments(self.mean.to(dtype), self.output_covariance.to(dtype))
+
     def with_noise(self, noise_var: Tensor) -> Gaussian:
         """The posterior of the observations: noise variances (*batch, q, m) on the diagonal."""
         noise = DiagLinearOperator(noise_var.transpose(-1, -2).expand(*self.mean.shape[:-2], *noise_var.mT.shape[-2:]))
