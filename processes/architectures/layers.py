@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bayesnn.checks import fraction
 from bayesnn.configured import Configured
@@ -113,10 +114,42 @@ def check_variances(weight_var: float, bias_var: float) -> None:
 def with_weights(covariance: Covariance, weight_var: Tensor, bias_var: Tensor) -> Covariance:
     """K' = w K + b, Theta' = K' + w Theta, for K and Theta averaged already over the inputs that share weights."""
     w, b = covariance.broadcast(weight_var), covariance.broadcast(bias_var)
-    new = covariance.map(lambda values: torch.addcmul(b, w, values), gaussian=True)
+    new = covariance.map(lambda values: _affine(b, w, values), gaussian=True)
     if covariance.tangent is None:
         return new
-    return new.replace(tangent=torch.addcmul(new.between, w, covariance.tangent))
+    return new.replace(tangent=_affine(new.between, w, covariance.tangent))
+
+
+def _affine(shift: Tensor, weight: Tensor, values: Tensor) -> Tensor:
+    """shift + weight * values."""
+    result: Tensor = _Affine.apply(shift, weight, values)
+    return result
+
+
+class _Affine(torch.autograd.Function):
+    """The weight's gradient is a sum of products, for which torch would write all the products down."""
+
+    @staticmethod
+    def forward(ctx: Any, shift: Tensor, weight: Tensor, values: Tensor) -> Tensor:
+        ctx.shift = shift.shape
+        ctx.save_for_backward(weight, values)
+        return torch.addcmul(shift, weight, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, values = ctx.saved_tensors
+        needs_shift, needs_weight, needs_values = ctx.needs_input_grad
+        to_weight = None
+        if needs_weight and weight.numel() == 1 and grad.shape == values.shape:
+            to_weight = torch.dot(grad.flatten(), values.flatten()).reshape(weight.shape)
+        elif needs_weight:
+            to_weight = (grad * values).sum_to_size(weight.shape)
+        return (
+            grad.sum_to_size(ctx.shift) if needs_shift else None,
+            to_weight,
+            (grad * weight).sum_to_size(values.shape) if needs_values else None,
+        )
 
 
 @dataclass(frozen=True)
