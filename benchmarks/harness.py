@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -79,6 +80,30 @@ def write(name: str, rows: list[dict[str, Any]], peer_versions: dict[str, str], 
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {path.relative_to(FOLDER.parent)}")
+
+
+def read_cells(name: str) -> list[dict[str, Any]]:
+    """What :func:`append_cell` has kept under a benchmark's name, oldest first."""
+    path = _cells(name)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def append_cell(name: str, cell: dict[str, Any]) -> None:
+    """Keep one finished piece of a long benchmark, so that it goes on where it stopped."""
+    path = _cells(name)
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(cell) + "\n")
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error; None for one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def _cells(name: str) -> Path:
+    return FOLDER / "results" / f"{name}_cells.jsonl"
 
 
 def _processor() -> str:

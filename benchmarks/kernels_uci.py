@@ -23,9 +23,7 @@ standard error are over the splits that both have.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +40,7 @@ from botorch.models.transforms import Normalize, Standardize
 from botorch.models.utils.gpytorch_modules import get_matern_kernel_with_gamma_prior
 from botorch.utils.sampling import manual_seed
 from gpytorch.mlls import ExactMarginalLogLikelihood
-from harness import FOLDER, write
+from harness import append_cell, mean_and_stderr, read_cells, write
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -50,7 +48,7 @@ from bayesnn.model import Model
 from bayesnn.processes.gaussian import NNGP
 from bayesnn.processes.student_t import StudentTProcess
 
-CELLS = FOLDER / "results" / "kernels_uci_cells.jsonl"
+NAME = "kernels_uci"
 SETS = ("boston", "energy", "wine_red", "airfoil")
 TASKS = ("standard", "outliers", "gap")
 QUICK_SPLITS = 2
@@ -176,9 +174,6 @@ COMPARISONS = (("NNGP", "Matérn"), ("Student-t", "Matérn"), ("Student-t", "NNG
 
 def finished() -> list[dict[str, Any]]:
     """The cells on file, in the order of tasks, sets, methods and splits; the last of those with one key."""
-    if not CELLS.exists():
-        return []
-    cells = [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines()]
     methods = list(METHODS)
 
     def place(cell: dict[str, Any]) -> tuple[int, ...]:
@@ -189,7 +184,7 @@ def finished() -> list[dict[str, Any]]:
             cell["split"],
         )
 
-    return sorted({place(cell): cell for cell in cells}.values(), key=place)
+    return sorted({place(cell): cell for cell in read_cells(NAME)}.values(), key=place)
 
 
 def run_cells(folder: Path, tasks: Sequence[str], sets: Sequence[str], most: int) -> None:
@@ -204,19 +199,11 @@ def run_cells(folder: Path, tasks: Sequence[str], sets: Sequence[str], most: int
                 score = METHODS[method](load(folder, task, name, index), index)
                 cell = {"task": task, "set": name, "split": index, "method": method, "test_ll": score.test_ll}
                 cell |= {"rmse": score.rmse, "cpu_seconds": round(score.seconds, 2), "warned": score.warned}
-                CELLS.parent.mkdir(exist_ok=True)
-                with CELLS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(cell) + "\n")
+                append_cell(NAME, cell)
                 where = f"{task:9} {name:9} {index:2} {method:10}"
                 print(
                     f"{where} {score.test_ll:9.3f} {score.rmse:9.4f} {score.seconds:7.1f} s {score.warned}", flush=True
                 )
-
-
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Over splits."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
 
 
 def rows(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -290,7 +277,7 @@ def main() -> None:
     run_cells(options.data, options.tasks, options.sets, most)
     table = rows(finished())
     found = verdicts(table)
-    write("kernels_uci", table, {}, verdicts=found)
+    write(NAME, table, {}, verdicts=found)
     for question, answer in found.items():
         print(f"{question}: {answer}")
 

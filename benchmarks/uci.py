@@ -18,7 +18,6 @@ an observation is under our prediction, in the geometric mean); of RMSE the quot
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -27,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import FOLDER, write
+from harness import append_cell, mean_and_stderr, read_cells, write
 from uci_data import NUM_SPLITS, SAME, SETS, SIMILAR, TUNED_DROPOUT, Published, load, published
 from uci_methods import METHODS, RECOMMENDED
 
-CELLS = FOLDER / "results" / "uci_cells.jsonl"
+NAME = "uci"
 QUICK_SPLITS = 3
 METRICS = {"test_ll": "higher", "rmse": "lower"}
 CHOSEN_ON = range(4)
@@ -61,9 +60,7 @@ def settings(method: str, num_rows: int) -> str:
 
 def finished(folder: Path) -> list[dict[str, Any]]:
     """The cells on file whose settings are the present ones, in the order of sets, methods and splits."""
-    if not CELLS.exists():
-        return []
-    cells = [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines()]
+    cells = read_cells(NAME)
     num_rows = {name: len(load(folder, name, 0).X) for name in {cell["set"] for cell in cells}}
     present = [
         cell
@@ -82,17 +79,9 @@ def run_cells(folder: Path, sets: Sequence[str], methods: Sequence[str], num_spl
         if key in done:
             continue
         cell = run_cell(folder, *key)
-        CELLS.parent.mkdir(exist_ok=True)
-        with CELLS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(cell) + "\n")
+        append_cell(NAME, cell)
         where = f"{cell['set']:9} {cell['split']:2} {cell['method']:14}"
         print(f"{where} {cell['test_ll']:8.3f} {cell['rmse']:9.5f} {cell['cpu_seconds']:7.1f} s", flush=True)
-
-
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Over splits; the standard error is NaN for one split."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
 
 
 def compare(name: str, method: str, metric: str, cells: Sequence[dict[str, Any]], peer: Published) -> dict[str, Any]:
@@ -104,7 +93,7 @@ def compare(name: str, method: str, metric: str, cells: Sequence[dict[str, Any]]
         "metric": metric,
         "unit": "nats" if metric == "test_ll" else "units of y",
         "ours": ours,
-        "stderr": None if math.isnan(stderr) else stderr,
+        "stderr": stderr,
         "ours_unseen_splits": statistics.fmean(unseen) if unseen else None,
         "seeds": [cell["split"] for cell in cells],
         "peer": peer.mean,
@@ -139,7 +128,8 @@ def print_table(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
         lines = []
         for method in dict.fromkeys(cell["method"] for cell in own):
             mine = [cell for cell in own if cell["method"] == method]
-            scores = [mean_and_stderr([cell[metric] for cell in mine]) for metric in METRICS]
+            found = [mean_and_stderr([cell[metric] for cell in mine]) for metric in METRICS]
+            scores = [(mean, math.nan if error is None else error) for mean, error in found]
             cost = f"{statistics.fmean(cell['cpu_seconds'] for cell in mine):.1f} s of CPU each"
             lines.append((scores[0], scores[1], f"** {method} (ours, {len(mine)} splits)", cost))
         errors = {peer.method: (peer.mean, peer.stderr) for peer in published(folder, name, "rmse")}
@@ -203,7 +193,7 @@ def main() -> None:
     print_table(options.data, cells)
     print_verdicts(options.data, cells)
     named = {method: {rows: settings(method, rows) for rows in (500, 10_000)} for method in METHODS}
-    write("uci", rows(options.data, cells), {}, settings=named, recommended=RECOMMENDED, chosen_on=list(CHOSEN_ON))
+    write(NAME, rows(options.data, cells), {}, settings=named, recommended=RECOMMENDED, chosen_on=list(CHOSEN_ON))
 
 
 if __name__ == "__main__":

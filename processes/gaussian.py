@@ -36,8 +36,9 @@ class NNGP(Model):
     :math:`f \sim GP(c, s K)` with the NNGP kernel K (Neal 1996; Lee et al. 2018) of ``processes.kernels.NNGPKernel``, a
     constant mean c and an output scale s, the last layer's own variance; :math:`y = f + \epsilon`. All hyperparameters
     (variances, a lengthscale for each input, c, s, noise) maximise the marginal likelihood times weak log-normal priors
-    (our choice). Outputs are independent, each with its own hyperparameters. Time is O(n^3), memory O(n^2). Computed in float64
-    whatever the data's dtype: in single precision the matrices of deep networks are singular.
+    (our choice). Outputs are independent, each with its own hyperparameters. Time is O(n^3), memory O(n^2).
+
+    Computed in float64 whatever the data's dtype: in single precision the matrices of deep networks are singular.
 
     As the surrogate "nngp" its kernel is ``FourierKernel()``: a plain perceptron's variance grows towards the corners of a
     search space, and an optimiser that is drawn there loses to a Gaussian process with any stationary kernel.

@@ -146,7 +146,7 @@ def mlp(
     return Sequential((Repeated(Sequential((dense, Activation(activation))), depth), dense))
 
 
-def fourier_mlp(depth: int = 1, activation: str | DualActivation = "relu") -> Sequential:
+def fourier_mlp(depth: int = 1, activation: str | DualActivation = "gelu") -> Sequential:
     """A multilayer perceptron over random Fourier features: its kernel is stationary.
 
     Args:
