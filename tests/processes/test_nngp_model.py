@@ -1,10 +1,15 @@
 """The NNGP model against the closed form, with the kernel written out."""
 
 import math
+import warnings
 
+import pytest
 import torch
 
 from bayesnn import NNGP, likelihoods
+from bayesnn.data import BayesnnWarning
+from bayesnn.processes.dual_activations import dual_activation
+from bayesnn.processes.kernels import FourierKernel
 
 
 def relu_kernel(A, B, depth, weight_var, bias_var):
@@ -39,3 +44,71 @@ def test_posterior_equals_the_closed_form():
     assert (posterior.distribution.covariance_matrix - exact_cov)[off].abs().max() < 1e-10
     assert (posterior.variance[:, 0] - exact_cov.diagonal()).abs().max() < 1e-10
     assert torch.allclose(model.predict(new).variance, posterior.variance + 0.04, atol=1e-12)
+
+
+def rows(kind, dtype):
+    """Data that make a marginal likelihood hard to maximise."""
+    generator = torch.Generator().manual_seed(1)
+    X = torch.rand(60, 3, generator=generator, dtype=torch.float64)
+    Y = torch.sin(6 * X[:, :1])  # without noise, so that the likelihood grows as the noise shrinks
+    if kind == "two rows":
+        X, Y = X[:2], Y[:2]
+    elif kind == "duplicates that disagree":
+        X, Y = X[:10].repeat(6, 1), Y + torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    elif kind == "an outlier":
+        Y[0] = 1e6
+    elif kind == "noise alone":
+        Y = torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    elif kind == "a step":
+        Y = (X[:, :1] > 0.5).double()
+    elif kind == "correlated inputs":
+        X = X[:, :1] + 1e-6 * X
+    return X.to(dtype), Y.to(dtype)
+
+
+KINDS = [
+    "no noise",
+    "two rows",
+    "duplicates that disagree",
+    "an outlier",
+    "noise alone",
+    "a step",
+    "correlated inputs",
+]
+
+
+@pytest.mark.parametrize("kernel", [None, FourierKernel()], ids=["perceptron", "fourier"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_never_fails(kind, kernel):
+    X, Y = rows(kind, torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BayesnnWarning)
+        p = NNGP(kernel=kernel).fit(X, Y).predict(X)
+    assert bool(torch.isfinite(p.mean).all()) and bool((p.variance > 0).all())
+
+
+@pytest.mark.parametrize("kind", ["no noise", "a step"])
+def test_single_precision_is_fitted_in_double(kind):
+    """What is found differs by the tolerance of the optimiser, since the data are rounded."""
+    X, Y = rows(kind, torch.float32)
+    single, double = (
+        NNGP(kernel=FourierKernel()).fit(x, y).predict(x[:9]) for x, y in ((X, Y), (X.double(), Y.double()))
+    )
+    assert single.mean.dtype == torch.float32
+    assert ((single.mean.double() - double.mean).abs() / double.stddev).max() < 0.05
+    assert (single.stddev.double() / double.stddev - 1).abs().max() < 0.05
+
+
+def test_fourier_features_make_a_stationary_kernel():
+    """An activation's dual on top of a Gaussian kernel, written out."""
+    X = 3 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kernel = FourierKernel(depth=1)(4, torch.Size()).double()
+    kernel.lengthscale = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    scaled = X / kernel.lengthscale
+    gaussian = torch.exp(-torch.cdist(scaled, scaled).square() / 4)
+    gelu = dual_activation("gelu")
+    weight_var = torch.full((1, 1), gelu.critical_weight_var, dtype=torch.float64)
+    exact = gelu.kappa(weight_var, weight_var, weight_var * gaussian)
+    found = kernel(X).to_dense()
+    assert (found - exact).abs().max() < 1e-7  # cdist's rounding
+    assert torch.allclose(found, kernel(X + 100).to_dense(), atol=1e-9)
