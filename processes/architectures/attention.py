@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from bayesnn.checks import check_fields, positive
-from bayesnn.configured import Configured
 from bayesnn.processes.architectures.covariance import Covariance
-from bayesnn.processes.architectures.layers import Plain, Variances, check_variances, with_weights
+from bayesnn.processes.architectures.layers import Plain, Variances, Weighted, check_variances, with_weights
 from bayesnn.processes.architectures.mixing import as_matrices, as_pairs, mixed
 from bayesnn.processes.architectures.pooling import check_pairs
 
 
 @dataclass(frozen=True)
-class SelfAttention(Configured):
+class SelfAttention(Weighted):
     r"""Every position attends to all positions of its input; a residual branch and a ``LayerNorm`` are up to the user.
 
     Covariances are :math:`K' = \sigma_w^2\, G(x) K G(x')^T + \sigma_b^2`. Values and outputs both have weights that are
@@ -46,7 +45,7 @@ class SelfAttention(Configured):
 
     def __post_init__(self) -> None:
         check_variances(self.weight_var, self.bias_var)
-        check_variances(self.key_var, 0.0)
+        check_variances(self.key_var, 0.0, "key_var")
 
     def variances(self) -> list[tuple[float, float]]:
         """Those of values and outputs, and of the biases."""

@@ -41,10 +41,18 @@ class Combination(Configured):
         """Whether one of them does."""
         return any(layer.mixes_positions() for layer in self.layers)
 
+    def is_centred(self, centred: bool) -> bool:
+        """Side by side, whether all of them are."""
+        return all(layer.is_centred(centred) for layer in self.layers)
+
 
 @dataclass(frozen=True)
 class Sequential(Combination):
     """Layers one after the other; :func:`serial` takes them as arguments."""
+
+    def is_centred(self, centred: bool) -> bool:
+        """Whether the last one is, after the others."""
+        return reduce(lambda before, layer: layer.is_centred(before), self.layers, centred)
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """Through one after the other."""
@@ -86,6 +94,10 @@ class Repeated(Configured):
         """Whether the layer does."""
         return self.layer.mixes_positions()
 
+    def is_centred(self, centred: bool) -> bool:
+        """Whether the last repetition is."""
+        return reduce(lambda before, layer: layer.is_centred(before), self.layers, centred)
+
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """Through each repetition."""
         for own in _shares(self.layers, variances):
@@ -95,7 +107,23 @@ class Repeated(Configured):
 
 @dataclass(frozen=True)
 class Sum(Combination):
-    """Branches that share their input, added up. Their weights are independent, so that their covariances add up too."""
+    r"""Branches that share their input, added up, and so are their covariances.
+
+    That leaves out products of different branches, :math:`E[f_1(x)\, f_2(x')]`. They vanish where all branches but one end in
+    weights of their own (or in something linear after them, or in an odd activation), since those have mean zero.
+
+    Raises:
+        ValueError: if two branches or more don't, such as the input itself beside an activation: put a ``Dense`` after it.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        others = [layer for layer in self.layers if not layer.is_centred(False)]
+        if len(others) > 1:
+            raise ValueError(
+                "branches that are added must, all but one, end in weights of their own, such as Dense: products of the "
+                f"others don't vanish; found {' and '.join(type(layer).__name__ for layer in others)} without"
+            )
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """The sum of what the branches give."""

@@ -19,14 +19,13 @@ from math import prod
 from torch import Tensor
 
 from bayesnn.checks import check_fields
-from bayesnn.configured import Configured
 from bayesnn.processes.architectures.covariance import Covariance
-from bayesnn.processes.architectures.layers import Variances, check_variances, with_weights
+from bayesnn.processes.architectures.layers import Variances, Weighted, check_variances, with_weights
 from bayesnn.processes.architectures.windows import Padding, check_padding, checked_sides, window_sums, windows
 
 
 @dataclass(frozen=True)
-class Convolution(Configured):
+class Convolution(Weighted):
     """A convolution along all dimensions of positions: one for sequences, two for images.
 
     Args:

@@ -46,6 +46,10 @@ class Layer(Protocol):
         """Whether outputs depend on covariances between different positions of an input."""
         ...
 
+    def is_centred(self, centred: bool) -> bool:
+        """Whether its outputs have mean zero over the weights within, and those before it if its inputs have ``centred``."""
+        ...
+
 
 def needs_pairs(architecture: Layer) -> bool:
     """Whether its kernels need covariances between different positions of inputs, not only at equal ones."""
@@ -63,6 +67,18 @@ class Plain(Configured):
         """No."""
         return False
 
+    def is_centred(self, centred: bool) -> bool:
+        """If its inputs are: it is linear in the limit."""
+        return centred
+
+
+class Weighted(Configured):
+    """A layer with weights, which are as often of one sign as of the other."""
+
+    def is_centred(self, centred: bool) -> bool:
+        """Always."""
+        return True
+
 
 @dataclass(frozen=True)
 class Identity(Plain):
@@ -74,7 +90,7 @@ class Identity(Plain):
 
 
 @dataclass(frozen=True)
-class Dense(Configured):
+class Dense(Weighted):
     """A fully connected layer; where inputs have positions, the same one at each of them.
 
     Args:
@@ -104,9 +120,11 @@ class Dense(Configured):
         return with_weights(covariance, *variances[0])
 
 
-def check_variances(weight_var: float, bias_var: float) -> None:
-    """Raise ValueError if one is negative or not finite."""
-    for name, value in (("weight_var", weight_var), ("bias_var", bias_var)):
+def check_variances(weight_var: float, bias_var: float, weights: str = "weight_var") -> None:
+    """Raise TypeError if one isn't a number, ValueError if it is negative or not finite."""
+    for name, value in ((weights, weight_var), ("bias_var", bias_var)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, found {value!r}")
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number of at least 0, found {value}")
 
@@ -167,6 +185,10 @@ class Activation(Plain):
 
     def __post_init__(self) -> None:
         dual_activation(self.function)
+
+    def is_centred(self, centred: bool) -> bool:
+        """If its inputs are and it is odd."""
+        return centred and dual_activation(self.function).is_odd
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """K' = kappa(K), Theta' = kappa_dot(K) Theta.
@@ -244,6 +266,9 @@ class LayerNorm(Plain):
 
     epsilon: float = 1e-12
 
+    def __post_init__(self) -> None:
+        check_variances(self.epsilon, 0.0, "epsilon")
+
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """K and Theta over both standard deviations."""
         num = covariance.num_positions if covariance.pairs else 0
@@ -296,16 +321,8 @@ class Dropout(Plain):
 
 
 @dataclass(frozen=True)
-class Flatten(Configured):
+class Flatten(Plain):
     """All positions' channels as one vector: the mean of the covariances at equal positions."""
-
-    def variances(self) -> list[tuple[float, float]]:
-        """None."""
-        return []
-
-    def mixes_positions(self) -> bool:
-        """No: covariances between different positions don't enter."""
-        return False
 
     def propagate(self, covariance: Covariance, variances: Variances) -> Covariance:
         """Covariances of vectors."""

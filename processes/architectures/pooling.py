@@ -14,18 +14,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from bayesnn.checks import check_fields
-from bayesnn.configured import Configured
 from bayesnn.processes.architectures.covariance import Covariance
-from bayesnn.processes.architectures.layers import Variances
+from bayesnn.processes.architectures.layers import Plain, Variances
 from bayesnn.processes.architectures.windows import Padding, check_padding, checked_sides, window_sums, windows
 
 
-class Mixing(Configured):
-    """A layer whose outputs depend on covariances between different positions."""
-
-    def variances(self) -> list[tuple[float, float]]:
-        """None."""
-        return []
+class Mixing(Plain):
+    """A layer without weights whose outputs depend on covariances between different positions."""
 
     def mixes_positions(self) -> bool:
         """Yes."""

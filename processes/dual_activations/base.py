@@ -70,6 +70,12 @@ class DualActivation(Configured, ABC):
         """E[phi(u)^2] and E[phi'(u)^2], of the shape of ``var``: what coincident points have, free of rounding."""
 
     @cached_property
+    def is_odd(self) -> bool:
+        """Whether phi(-x) = -phi(x)."""
+        x = torch.linspace(0.1, 3, 30, dtype=torch.float64)
+        return torch.allclose(self.function(-x), -self.function(x), rtol=1e-9, atol=1e-12)
+
+    @cached_property
     def critical_weight_var(self) -> float:
         r"""The weight variance at the edge of chaos for a bias variance of 0.1.
 

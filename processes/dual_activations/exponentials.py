@@ -132,7 +132,8 @@ class RBF(DualActivation):
         return DualMoments(kappa, 2 * self.gamma * kappa)
 
     def diagonal(self, var: Tensor) -> DualMoments:
-        return DualMoments(torch.ones_like(var), torch.full_like(var, 2 * self.gamma))
+        one = torch.where(var.isnan(), var, 1)
+        return DualMoments(one, 2 * self.gamma * one)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class Sign(DualActivation):
         return DualMoments(self.kappa(var1, var2, cov), torch.zeros_like(cov))
 
     def diagonal(self, var: Tensor) -> DualMoments:
-        return DualMoments(var.sign(), torch.zeros_like(var))
+        return DualMoments(torch.where(var.isnan(), var, var.sign()), torch.zeros_like(var))
 
 
 def arc_cosine_moments(var1: Tensor, var2: Tensor, cov: Tensor) -> DualMoments:
@@ -162,6 +162,7 @@ class _ReLUMoments(torch.autograd.Function):
         minus_cos = (cov * -_one_where_zero(std1).reciprocal()).mul_(_one_where_zero(std2).reciprocal())
         sin = _cosine_of(minus_cos)
         supplement = torch.atan2(sin, minus_cos)  # pi - theta
+        coincident = _coincident(sin) if both else None
         ctx.set_materialize_grads(False)
         if any(ctx.needs_input_grad):
             # Another sine in the gradient would cost as much as the angle.
@@ -170,7 +171,11 @@ class _ReLUMoments(torch.autograd.Function):
         else:
             kappa = sin.addcmul_(minus_cos, supplement, value=-1)
         kappa = kappa.mul_(std1 / (2 * math.pi)).mul_(std2)
-        return kappa, supplement / (2 * math.pi) if both else None
+        if not both:
+            return kappa, None
+        # Where points coincide or are opposite, rounding leaves the angle half of its digits.
+        exact = torch.where(minus_cos < 0, 0.5, 0.0)
+        return kappa, torch.where(coincident, exact, supplement / (2 * math.pi))
 
     @staticmethod
     @once_differentiable
@@ -198,7 +203,8 @@ class _SignKappa(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, var1: Tensor, var2: Tensor, cov: Tensor) -> Tensor:
         cos = (cov * _one_where_zero(var1).rsqrt()).mul_(_one_where_zero(var2).rsqrt())
-        angle = torch.atan2(cos, _cosine_of(cos))
+        sin = _cosine_of(cos)
+        angle = torch.atan2(cos, sin.masked_fill_(_coincident(sin), 0))
         ctx.save_for_backward(var1, var2, angle)
         return angle * (2 / math.pi)
 
@@ -213,8 +219,11 @@ class _SignKappa(torch.autograd.Function):
 
 def _over_sine(grad: Tensor, sin: Tensor) -> Tensor:
     """grad / sin, but 0 at coincident and at opposite points, which are kinks."""
-    kink = math.sqrt(_KINK * torch.finfo(sin.dtype).eps)
-    return sin.reciprocal().masked_fill_(sin <= kink, 0).mul_(grad)
+    return sin.reciprocal().masked_fill_(_coincident(sin), 0).mul_(grad)
+
+
+def _coincident(sin: Tensor) -> Tensor:
+    return sin <= math.sqrt(_KINK * torch.finfo(sin.dtype).eps)
 
 
 def _to_inputs(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 BlockKernel = Callable[..., Tensor]
 """From x1 (*batch, n, ·), x2 (*batch, m, ·) and parameters to (*batch, n, m)."""
@@ -48,6 +49,23 @@ def blockwise(
     same = x1 is x2 or (x1.shape == x2.shape and not (x1.requires_grad or x2.requires_grad) and torch.equal(x1, x2))
     result: Tensor = _Blockwise.apply(kernel, entries, x1, None if same else x2, diagonal, *parameters)
     return result
+
+
+def by_rows(function: Callable[[Tensor, Tensor], Tensor], x1: Tensor, x2: Tensor, entries: int) -> Tensor:
+    """``function(x1, x2)`` (*batch, n) of pairs of rows, some rows at a time; computed again for gradients.
+
+    Args:
+        function: of x1 (*batch, n, ·) and x2 (*batch, n, ·).
+        x1: (*batch, n, ·).
+        x2: likewise.
+        entries: how many numbers the function keeps on the way for each row.
+    """
+    num_rows = max(1, ENTRIES // (entries * max(1, x1.shape[:-2].numel())))
+    if x1.shape[-2] <= num_rows:
+        return function(x1, x2)
+    pieces = zip(x1.split(num_rows, -2), x2.split(num_rows, -2), strict=True)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(function, first, second, **options) for first, second in pieces], -1)
 
 
 class _Blockwise(torch.autograd.Function):

@@ -21,7 +21,15 @@ from bayesnn.processes.architectures import Layer, mlp, needs_graphs, needs_pair
 from bayesnn.processes.architectures.covariance import Covariance
 from bayesnn.processes.architectures.graphs import unflattened, with_adjacency
 from bayesnn.processes.dual_activations import DualActivation
-from bayesnn.processes.kernels.blocks import blockwise
+from bayesnn.processes.dual_activations.base import at_least_zero
+from bayesnn.processes.kernels.blocks import blockwise, by_rows
+
+
+class NonNegative(GreaterThan):
+    """At least 0, which a positive constraint can't begin at: the parameter itself, cut off."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, transform=at_least_zero, inv_transform=torch.clone)
 
 
 class InfiniteWidthKernel(Kernel):
@@ -54,9 +62,9 @@ class InfiniteWidthKernel(Kernel):
         bias_var: :math:`\sigma_b^2`, likewise.
 
     Raises:
-        ValueError: if depth isn't a positive integer, or there is no such activation; in an evaluation, if inputs don't have
-            the input shape.
-        TypeError: if a prior isn't a GPyTorch prior.
+        ValueError: if depth isn't a positive integer, there is no such activation, or the architecture has no weights; in an
+            evaluation, if inputs don't have the input shape or outputs have positions.
+        TypeError: if a prior isn't a GPyTorch prior, or the architecture isn't a layer.
     """
 
     has_lengthscale = True
@@ -77,8 +85,14 @@ class InfiniteWidthKernel(Kernel):
         **kwargs: Any,
     ) -> None:
         architecture = mlp(depth, activation) if architecture is None else architecture
+        if isinstance(architecture, type) or not isinstance(architecture, Layer):
+            raise TypeError(
+                f"architecture must be a layer, such as serial(Dense(), Activation()), found {architecture!r}"
+            )
+        if not architecture.variances():
+            raise ValueError("architecture must have a layer with weights, such as Dense, found none")
         super().__init__(lengthscale_constraint=lengthscale_constraint or Positive(initial_value=1.0), **kwargs)
-        self.architecture, self.input_shape = architecture, None if input_shape is None else tuple(input_shape)
+        self.architecture, self.input_shape = architecture, None if input_shape is None else checked_shape(input_shape)
         weight_vars, bias_vars = (list(values) for values in zip(*architecture.variances(), strict=True))
         self.num_layers = len(weight_vars)
         per_layer = per_layer or len(set(weight_vars)) > 1 or len(set(bias_vars)) > 1
@@ -90,8 +104,7 @@ class InfiniteWidthKernel(Kernel):
     ) -> None:
         size = len(values) if per_layer else 1
         self.register_parameter(f"raw_{name}", torch.nn.Parameter(torch.zeros(*self.batch_shape, size)))
-        # A variance of zero is a fair start, but a positive one's logarithm isn't finite there.
-        positive = Positive() if min(values) > 0 else GreaterThan(-1e-12)
+        positive = Positive() if min(values) > 0 else NonNegative()
         self.register_constraint(f"raw_{name}", constraint or positive)
         if constraint is None:
             initial = torch.tensor(values[:size]).expand(*self.batch_shape, size)
@@ -126,6 +139,9 @@ class InfiniteWidthKernel(Kernel):
 
     def _set(self, name: str, value: Tensor | float) -> None:
         value = torch.as_tensor(value, dtype=self.dtype, device=self.device)
+        if not bool((value >= 0).all()) or value.shape[-1:] not in ((), (1,), getattr(self, name).shape[-1:]):
+            size = getattr(self, name).shape[-1]
+            raise ValueError(f"{name} must be {size} number(s) of at least 0, found {value.tolist()}")
         constraint = getattr(self, f"raw_{name}_constraint")
         self.initialize(**{f"raw_{name}": constraint.inverse_transform(value)})
 
@@ -174,7 +190,13 @@ class InfiniteWidthKernel(Kernel):
             weights, biases = (
                 list(v.expand(*v.shape[:-1], self.num_layers).unbind(-1)) for v in (weight_var, bias_var)
             )
-            return read(self.architecture.propagate(covariance, [(weights[i], biases[i]) for i in layers]))
+            outputs = self.architecture.propagate(covariance, [(weights[i], biases[i]) for i in layers])
+            if outputs.num_positions:
+                raise ValueError(
+                    f"architecture must end with vectors, found outputs with {outputs.num_positions} dimension(s) of "
+                    "positions: put Flatten or global pooling, and Dense, at its end"
+                )
+            return read(outputs)
 
         def block(x1: Tensor, x2: Tensor, weight_var: Tensor, bias_var: Tensor, lengthscale: Tensor) -> Tensor:
             (first, adjacency1), (second, adjacency2) = (inputs(x, lengthscale) for x in (x1, x2))
@@ -189,16 +211,31 @@ class InfiniteWidthKernel(Kernel):
             own = own if adjacency is None else with_adjacency(own, adjacency)
             return propagate(own, self.weight_var, self.bias_var).squeeze(-1)
 
-        equal = x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
+        # Between positions, outputs aren't symmetric in the two tensors, so that these can't share their gradients.
+        apart = pairs and x1 is not x2 and (x1.requires_grad or x2.requires_grad)
+        equal = x1 is x2 or (not apart and x1.shape == x2.shape and torch.equal(x1, x2))
         parameters = self.weight_var, self.bias_var, self.lengthscale
-        if diag:
-            if equal:
-                return itself(x1, x2)
-            # Each pair is a matrix of one entry.
-            each = block(x1.unsqueeze(-2), x2.unsqueeze(-2), *(value.unsqueeze(-2) for value in parameters))
-            return each.squeeze(-1).squeeze(-1)
         size = math.prod(shape[1:]) ** (2 if pairs else 1)
-        return blockwise(block, x1, x2, *parameters, entries=size, diagonal=itself(x1, x2) if equal else None)
+
+        def each(x1: Tensor, x2: Tensor) -> Tensor:  # a pair is a matrix of one entry
+            values = block(x1.unsqueeze(-2), x2.unsqueeze(-2), *(value.unsqueeze(-2) for value in parameters))
+            return values.squeeze(-1).squeeze(-1)
+
+        if diag:
+            return by_rows(itself if equal else each, x1, x2, size)
+        diagonal = by_rows(itself, x1, x2, size) if equal else None
+        return blockwise(block, x1, x2, *parameters, entries=size, diagonal=diagonal)
+
+
+def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """(channels, *positions).
+
+    Raises:
+        ValueError: unless they are positive integers.
+    """
+    if not isinstance(shape, Sequence) or not shape or any(type(size) is not int or size < 1 for size in shape):
+        raise ValueError(f"input_shape must be (channels, *positions), positive integers, found {shape!r}")
+    return tuple(shape)
 
 
 class NNGPKernel(InfiniteWidthKernel):

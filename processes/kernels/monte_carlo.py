@@ -148,7 +148,8 @@ class FeatureKernel(Kernel):
         """
         if last_dim_is_batch:
             raise ValueError("last_dim_is_batch: found True; GPyTorch deprecates it, add kernels with active_dims.")
-        equal = x1.shape == x2.shape and torch.equal(x1, x2)
+        apart = x1 is not x2 and (x1.requires_grad or x2.requires_grad)
+        equal = not apart and x1.shape == x2.shape and torch.equal(x1, x2)
         first = self.features(x1)
         second = first if equal else self.features(x2)
         if diag:

@@ -255,6 +255,9 @@ def test_other_settings_are_checked() -> None:
         def mixes_positions(self) -> bool:
             return False
 
+        def is_centred(self, centred: bool) -> bool:
+            return centred
+
         def propagate(self, covariance, variances):
             return covariance
 

@@ -378,7 +378,7 @@ def test_pairs_are_needed_where_positions_mix() -> None:
     image = of_inputs(rows(2, 16).reshape(2, 1, 4, 4), rows(2, 16).reshape(2, 1, 4, 4), 2)
     vectors = of_inputs(rows(2, 3), rows(2, 3))
     for layer in (AveragePooling(), SumPooling(), GlobalAveragePooling(), GlobalSumPooling(), ATTENTION, Aggregate()):
-        assert needs_pairs(serial(DENSE, Repeated(residual(layer), 2)))
+        assert needs_pairs(serial(DENSE, Repeated(residual(layer, DENSE), 2)))
         with pytest.raises(ValueError, match="pairs=True"):
             layer.propagate(image, [(torch.ones(()), torch.ones(()))])
         with pytest.raises(ValueError, match="found vectors"):
@@ -421,7 +421,7 @@ def test_only_gaussian_channels_have_activations() -> None:
     for before in (Identity(), serial(DENSE, RELU), serial(DENSE, Flatten()), serial(DENSE, Dropout(0.5))):
         with pytest.raises(ValueError, match="needs a layer with weights"):
             kernels(serial(before, RELU), X, X, (2, 3))
-    for before in (residual(RELU), Concatenation((DENSE, CONVOLUTION)), residual(serial(RELU, DENSE), RELU)):
+    for before in (Sum((RELU, DENSE)), Concatenation((DENSE, CONVOLUTION)), Sum((serial(DENSE, RELU), DENSE))):
         with pytest.raises(ValueError, match="needs a layer with weights"):
             kernels(serial(DENSE, before, LayerNorm(), RELU), X, X, (2, 3))
     kernels(serial(DENSE, Flatten(), residual(DENSE), LayerNorm(), READOUT, RELU), X, X, (2, 3))
