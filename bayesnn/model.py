@@ -18,6 +18,7 @@ from botorch.sampling.base import MCSampler
 from botorch.sampling.get_sampler import get_sampler
 from torch import Tensor
 
+from bayesnn.checks import positive
 from bayesnn.configured import Configured, build, describe
 from bayesnn.data import Data, Scaling, as_float, check_inputs, identity, standardisation
 from bayesnn.distributions import sample
@@ -94,7 +95,8 @@ class Model(Configured, BotorchModel):
             X: inputs (n, d): tensor, array or data frame; its dtype is the model's.
             Y: outcomes (n, m) or (n,); class labels (n,) whole numbers.
             seed: of every random draw in the fit.
-            progress: show a progress bar where fitting takes steps.
+            progress: show a progress bar where fitting takes steps. (Exact processes have none: they leave this and the next
+                two arguments aside.)
             callbacks: called as ``callback(index, state, info)`` after every step.
             checkpoint: a folder from which an interrupted fit goes on with the same result.
             time_budget: seconds after which a fit that takes steps ends with what it has.
@@ -108,6 +110,10 @@ class Model(Configured, BotorchModel):
             TypeError, ValueError: for data that can't be used, before any work starts.
             TimeoutError: if the time is up before the first draw.
         """
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be a whole number, found {seed!r}")
+        if time_budget is not None:
+            positive("time_budget", time_budget)
         X = check_inputs(X).detach()
         Y = self.likelihood.check(Y, X.shape[0], X).detach()
         inputs = standardisation(X, "X") if self.scale_inputs else identity(X.shape[-1], X)

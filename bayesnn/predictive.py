@@ -119,7 +119,7 @@ class Predictive:
         if isinstance(self.components, Normal) and self.components.batch_shape[-3] == 1:
             return self._loc + self._scale * self.components.icdf(level.expand(self.shape).unsqueeze(-3)).squeeze(-3)
         # The median of a component is within its mean +- sd, so a mixture's quantile is in a bracket that grows from there.
-        centre, width = self.mean.detach(), self.stddev.detach() + 1e-12
+        centre, width = self.mean.detach(), self.stddev.detach() + 1e-12 * self._scale
         centre = torch.where(
             torch.isfinite(centre), centre, self._loc
         )  # heavy tails have no mean, or an infinite width

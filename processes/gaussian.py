@@ -9,24 +9,31 @@ from typing import Any, Self
 
 import gpytorch
 import torch
-from botorch.exceptions.errors import ModelFittingError
-from botorch.fit import fit_gpytorch_mll
+from botorch.exceptions.warnings import BotorchTensorDimensionWarning
 from botorch.models import SingleTaskGP
-from botorch.utils.sampling import manual_seed
+from botorch.optim.utils import get_parameters_and_bounds
 from gpytorch.kernels import ScaleKernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
+from gpytorch.settings import min_fixed_noise
+from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
-from bayesnn.data import BayesnnWarning, Data
+from bayesnn.checks import flag
+from bayesnn.data import Data
 from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import Gaussian as GaussianPosterior
+from bayesnn.predictive import Predictive
 from bayesnn.processes.dual_activations import DualActivation
 from bayesnn.processes.kernels import FourierKernel, KernelFactory, MLPKernel
+from bayesnn.processes.kernels.factories import checked_factory, made
+from bayesnn.processes.maximum import minimise
 from bayesnn.processes.memory import check_memory
 from bayesnn.registry import register
 
+MIN_NOISE_VAR = 1e-12  # of fixed noise, in units of the outcomes' variance: a matrix without any can't be factored
+ROWS = 1024  # that are predicted at once: a prediction needs no covariances between rows
 MATRICES = 7  # of n x n for each output that a fit holds at its peak, as many as a Student-t process
 
 
@@ -55,7 +62,7 @@ class NNGP(Model):
 
     Raises:
         ValueError: for an unknown activation or a depth below 1.
-        TypeError: if the likelihood isn't Gaussian.
+        TypeError: if the likelihood isn't Gaussian, or ``kernel`` is no such function.
         MemoryError: in ``fit``, if the matrices won't fit.
     """
 
@@ -71,37 +78,44 @@ class NNGP(Model):
         if not isinstance(self.likelihood, Gaussian):
             raise TypeError(f"likelihood must be likelihoods.Gaussian for exact inference, found {self.likelihood!r}")
         self.kernel = MLPKernel(depth, activation) if kernel is None else kernel
-        self.optimise = optimise
+        checked_factory(self.kernel)
+        self.optimise = flag("optimise", optimise)
         self._gp: Any
 
     def _build(self, data: Data, fixed: dict[str, Tensor]) -> SingleTaskGP:
         num_outputs = data.Y.shape[-1]
         batch = torch.Size([num_outputs]) if num_outputs > 1 else torch.Size([])
-        kernel = self.kernel(data.X.shape[-1], batch)
+        kernel = made(self.kernel, data.X.shape[-1], batch)
         scaled = ScaleKernel(kernel, batch_shape=batch, outputscale_prior=LogNormalPrior(-0.5, 1.0))
         noise_var = (2 * fixed["log_noise_std"]).exp().expand_as(data.Y) if fixed else None
         X, Y = data.X.double(), data.Y.double()
-        return SingleTaskGP(X, Y, noise_var, covar_module=scaled, outcome_transform=None).to(X)
+        with min_fixed_noise(double_value=MIN_NOISE_VAR):
+            return SingleTaskGP(X, Y, noise_var, covar_module=scaled, outcome_transform=None).to(X)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         check_memory("NNGP", len(data), MATRICES * data.Y.shape[-1], "SparseNNGP", torch.float64, data.X.device)
         self._fixed = self.likelihood.fixed_parameters(outcome_scale.double())
         gp = self._build(data, self._fixed)
         if self.optimise:
-            # BoTorch's retries draw from the global generator; the context puts its state back.
-            with manual_seed(options["seed"]), _exact():
-                try:
-                    limit = {"timeout_sec": options["time_budget"]}
-                    fit_gpytorch_mll(ExactMarginalLogLikelihood(gp.likelihood, gp), optimizer_kwargs=limit)
-                except ModelFittingError as error:
-                    gp = self._build(data, self._fixed)
-                    message = f"NNGP: the marginal likelihood couldn't be maximised, defaults are used: {error}"
-                    warnings.warn(message, BayesnnWarning, stacklevel=3)
+            mll = ExactMarginalLogLikelihood(gp.likelihood, gp)
+            parameters, bounds = get_parameters_and_bounds(mll, requires_grad=True)
+
+            def loss() -> Tensor:
+                with _exact():
+                    return -mll(gp(*gp.train_inputs), gp.train_targets).sum()
+
+            minimise(type(self).__name__, loss, parameters, bounds, options["time_budget"])
         self._gp = gp.eval().requires_grad_(False)
 
     def _latent(self, X: Tensor) -> GaussianPosterior:
         with _exact():
             return GaussianPosterior(self._gp.posterior(X.double()).distribution).of_dtype(X.dtype)
+
+    def _predictive(self, X: Tensor) -> Predictive:
+        parts = [self._latent(rows) for rows in X.split(ROWS, -2)]
+        mean, var = (torch.cat([getattr(part, name) for part in parts], -2) for name in ("mean", "variance"))
+        marginals = GaussianPosterior.from_moments(mean, DiagLinearOperator(var.mT))
+        return self.likelihood.predictive(marginals, self._likelihood_parameters())
 
     def _likelihood_parameters(self) -> dict[str, Tensor]:
         parameters = self._fixed or {"log_noise_std": 0.5 * self._gp.likelihood.noise.log().reshape(1, -1)}
@@ -118,7 +132,9 @@ class NNGP(Model):
         conditioned = self._copy()
         conditioned._conditioned = True
         noise = (2 * self._fixed["log_noise_std"]).exp().expand_as(standardised) if self._fixed else None
-        with _exact():
+        with _exact(), min_fixed_noise(double_value=MIN_NOISE_VAR), warnings.catch_warnings():
+            # Fantasies at the same inputs: sharing these is what saves time.
+            warnings.simplefilter("ignore", BotorchTensorDimensionWarning)
             self._gp.posterior(scaled[..., :1, :])  # GPyTorch conditions from its prediction caches
             conditioned._gp = self._gp.condition_on_observations(scaled, standardised, noise=noise)
         return conditioned

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bayesnn.processes.kernels import KernelFactory, MLPKernel
+from bayesnn.processes.kernels.factories import made
 from bayesnn.processes.kernels.nystrom import nystrom
 
 JITTER = 1e-10  # of the inducing covariance, as a share of its mean diagonal
@@ -131,6 +132,6 @@ def network_prior(
     """
     batch = torch.Size([]) if shared else torch.Size([num_latents])
     if kernel is not None:
-        return SparsePrior(kernel(num_features, batch), num_latents)
+        return SparsePrior(made(kernel, num_features, batch), num_latents)
     network = MLPKernel(depth, activation)(num_features, batch)
     return SparsePrior(ScaleKernel(network, LogNormalPrior(-0.5, 1.0), batch_shape=batch), num_latents)

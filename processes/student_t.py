@@ -3,24 +3,22 @@ r"""The Student-t process: an infinitely wide network whose last layer's varianc
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from botorch.optim.core import scipy_minimize
 from botorch.posteriors import Posterior
-from linear_operator.utils.errors import NanError, NotPSDError
-from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 from torch.distributions import StudentT as StudentTDistribution
 
-from bayesnn.data import BayesnnWarning, Data
+from bayesnn.checks import flag, positive
+from bayesnn.data import Data
 from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
 from bayesnn.processes.kernels import FourierKernel, KernelFactory, MLPKernel
+from bayesnn.processes.kernels.factories import checked_factory, made
+from bayesnn.processes.maximum import minimise
 from bayesnn.processes.memory import check_memory
 from bayesnn.processes.shared_scale import (
     Conditioned,
@@ -114,10 +112,13 @@ class StudentTProcess(Model):
         if not isinstance(self.likelihood, Gaussian):
             raise TypeError(f"likelihood must be likelihoods.Gaussian for exact inference, found {self.likelihood!r}")
         for name, value in (("shape", shape), ("scale", scale)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, or None, found {value}")
+            if value is not None:
+                positive(name, value)
         MLPKernel(depth, activation)  # raises the errors above
-        self.depth, self.activation, self.optimise, self.kernel = depth, activation, optimise, kernel
+        if kernel is not None:
+            checked_factory(kernel)
+        self.depth, self.activation, self.kernel = depth, activation, kernel
+        self.optimise = flag("optimise", optimise)
         self.shape, self.scale = shape, scale
         self._prior: MixturePrior
         self._known: Conditioned
@@ -126,8 +127,7 @@ class StudentTProcess(Model):
         fixed = self.likelihood.fixed_parameters(outcome_scale.double())
         noise = (2 * fixed["log_noise_std"]).exp().squeeze(0) if fixed else None
         d, batch = data.X.shape[-1], torch.Size([data.Y.shape[-1]])
-        own = self.kernel
-        kernel = MLPKernel(self.depth, self.activation)(d, batch) if own is None else own(d, batch)
+        kernel = made(self.kernel or MLPKernel(self.depth, self.activation), d, batch)
         return MixturePrior(kernel, data.Y.shape[-1], self.shape, self.scale, noise)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
@@ -139,38 +139,14 @@ class StudentTProcess(Model):
         self._take(prior, data)
 
     def _maximise(self, prior: MixturePrior, data: Data, time_budget: float | None) -> None:
-        """L-BFGS from the defaults; where it finds nothing better they stay."""
         parameters: dict[str, Tensor] = {name: own for name, own in prior.named_parameters() if own.requires_grad}
 
         def loss() -> Tensor:
             return -(self._log_evidence(prior, _seen(prior, data)).sum() + prior.log_prior()) / len(data)
 
         start = {name: value.detach().clone() for name, value in parameters.items()}
-        limits: Any = {name: ((v - FARTHEST).flatten(), (v + FARTHEST).flatten()) for name, v in start.items()}
-        with torch.no_grad():
-            before = loss()
-
-        def value_and_gradient() -> tuple[Tensor, Sequence[Tensor]]:
-            # A step of the line search that went too far is a high place, from which it turns back.
-            far = before + 1e3
-            try:
-                value = loss()
-                gradients = torch.autograd.grad(value, list(parameters.values()))
-                if all(bool(torch.isfinite(found).all()) for found in (value, *gradients)):
-                    return value, gradients
-            except (NotPSDError, NanError):
-                pass
-            return far, [torch.zeros_like(value) for value in parameters.values()]
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NumericalWarning)
-            found = scipy_minimize(value_and_gradient, parameters, bounds=limits, timeout_sec=time_budget)
-        if found.fval is None or not float(found.fval) <= float(before):
-            with torch.no_grad():
-                for name, value in start.items():
-                    parameters[name].copy_(value)
-            message = f"{type(self).__name__}: log p(y) couldn't be maximised, defaults are used: {found.message}"
-            warnings.warn(message, BayesnnWarning, stacklevel=4)
+        limits = {name: ((v - FARTHEST).flatten(), (v + FARTHEST).flatten()) for name, v in start.items()}
+        minimise(type(self).__name__, loss, parameters, limits, time_budget)
 
     def _log_evidence(self, prior: MixturePrior, known: Conditioned) -> Tensor:
         return log_evidence(prior, known)

@@ -19,6 +19,34 @@ from bayesnn.processes.kernels.infinite_width import NNGPKernel
 KernelFactory = Callable[[int, torch.Size], Kernel]
 """From the number of features and the batch shape to a kernel."""
 
+
+def checked_factory(factory: object) -> None:
+    """Raise TypeError unless it can make a kernel."""
+    if not callable(factory) or isinstance(factory, (Kernel, type)):
+        raise TypeError(
+            "kernel must be a function of the number of features and the batch shape that gives a GPyTorch kernel, such as "
+            f"lambda d, batch: RBFKernel(ard_num_dims=d, batch_shape=batch); found {factory!r}"
+        )
+
+
+def made(factory: KernelFactory, num_features: int, batch_shape: torch.Size) -> Kernel:
+    """The factory's kernel.
+
+    Raises:
+        TypeError: if it isn't a GPyTorch kernel.
+        ValueError: if it has another batch shape.
+    """
+    kernel = factory(num_features, batch_shape)
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"kernel must give a GPyTorch kernel, found {type(kernel).__name__}")
+    if kernel.batch_shape != batch_shape:
+        raise ValueError(
+            f"kernel must give a kernel of batch shape {tuple(batch_shape)}, one for each output, found "
+            f"{tuple(kernel.batch_shape)}: pass its second argument on, as batch_shape="
+        )
+    return kernel
+
+
 _UNIFORM_STD = 1 / math.sqrt(12)  # of inputs that are uniform on the unit interval
 
 
