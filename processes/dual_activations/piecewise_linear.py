@@ -171,7 +171,7 @@ class _ReLUMoments(torch.autograd.Function):
         else:
             kappa = sin.addcmul_(minus_cos, supplement, value=-1)
         kappa = kappa.mul_(std1 / (2 * math.pi)).mul_(std2)
-        if not both:
+        if coincident is None:
             return kappa, None
         # Where points coincide or are opposite, rounding leaves the angle half of its digits.
         exact = torch.where(minus_cos < 0, 0.5, 0.0)
