@@ -283,6 +283,10 @@ class Model(Configured, BotorchModel):
 
     def _observed(self, X: Any, Y: Any) -> tuple[Tensor, Tensor]:
         """Further observations, checked, as scaled inputs and standardised outcomes."""
+        if self._outputs is not None:
+            raise TypeError(
+                "some of a model's outputs can't take in observations: let the whole model do, then subset_output"
+            )
         scaled = self._scaled(X)
         Y, m = as_float(Y, "Y"), self._require_fitted().Y.shape[-1]
         if Y.dim() < 2 or Y.shape[-2:] != (scaled.shape[-2], m):

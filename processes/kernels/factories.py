@@ -33,9 +33,10 @@ def made(factory: KernelFactory, num_features: int, batch_shape: torch.Size) -> 
     """The factory's kernel.
 
     Raises:
-        TypeError: if it isn't a GPyTorch kernel.
+        TypeError: if the factory isn't one, or gives no GPyTorch kernel.
         ValueError: if it has another batch shape.
     """
+    checked_factory(factory)
     kernel = factory(num_features, batch_shape)
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel must give a GPyTorch kernel, found {type(kernel).__name__}")

@@ -5,11 +5,17 @@ import warnings
 
 import pytest
 import torch
+from botorch.optim.utils import get_parameters_and_bounds
+from gpytorch.kernels import RBFKernel
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from linear_operator.utils.errors import NotPSDError
 
 from bayesnn import NNGP, likelihoods
 from bayesnn.data import BayesnnWarning
+from bayesnn.processes import SparseNNGP, StudentTProcess, gaussian
 from bayesnn.processes.dual_activations import dual_activation
 from bayesnn.processes.kernels import FourierKernel
+from bayesnn.processes.maximum import minimise
 
 
 def relu_kernel(A, B, depth, weight_var, bias_var):
@@ -112,3 +118,78 @@ def test_fourier_features_make_a_stationary_kernel():
     found = kernel(X).to_dense()
     assert (found - exact).abs().max() < 1e-7  # cdist's rounding
     assert torch.allclose(found, kernel(X + 100).to_dense(), atol=1e-9)
+
+
+def test_the_maximum_is_found():
+    """Going on from there gains nothing."""
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(40, 2, generator=generator, dtype=torch.float64)
+    model = NNGP().fit(X, torch.sin(2 * X[:, 0]))
+    gp = model._gp.train().requires_grad_(True)
+    mll = ExactMarginalLogLikelihood(gp.likelihood, gp)
+
+    def loss():
+        return -mll(gp(*gp.train_inputs), gp.train_targets)
+
+    parameters, bounds = get_parameters_and_bounds(mll, requires_grad=True)
+    before = float(loss())
+    minimise("NNGP", loss, parameters, bounds, None)
+    assert 40 * (before - float(loss())) < 0.02
+
+
+def test_what_finds_nothing_better_is_left_with_a_warning():
+    parameter = torch.zeros(1, requires_grad=True, dtype=torch.float64)
+    calls = []
+
+    def loss():
+        calls.append(1)
+        if len(calls) > 1:
+            raise NotPSDError
+        return parameter.sum()
+
+    with pytest.warns(BayesnnWarning, match="some model: log p\\(y\\) couldn't be maximised"):
+        minimise("some model", loss, {"x": parameter}, {}, None)
+    assert float(parameter) == 0
+
+
+def test_predictions_in_blocks_of_rows(monkeypatch):
+    X, Y = rows("noise alone", torch.float64)
+    model = NNGP(optimise=False).fit(X, torch.cat([Y, X], 1)[:, :2])
+    new = X.reshape(2, 30, 3) + 0.1
+    whole = model.posterior(new)
+    monkeypatch.setattr(gaussian, "ROWS", 7)
+    p = model.predict(new)
+    assert torch.allclose(p.mean, whole.mean, atol=1e-12)
+    assert torch.allclose(p.epistemic, whole.variance, atol=1e-12)
+
+
+def test_small_fixed_noise_is_as_asked():
+    X, Y = rows("no noise", torch.float64)
+    model = NNGP(likelihood=likelihoods.Gaussian(noise_std=1e-4)).fit(X, 5 * Y)
+    expected = (1e-4 / (5 * Y).std()) ** 2
+    assert torch.allclose(model._gp.likelihood.noise, expected.expand(60), rtol=1e-6)
+
+
+def test_fantasies_at_the_same_inputs_warn_of_nothing():
+    X, Y = rows("noise alone", torch.float64)
+    model = NNGP(optimise=False).fit(X, Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.condition_on_observations(X[:2] + 0.1, torch.randn(4, 2, 1).double()).batch_shape == (4,)
+
+
+@pytest.mark.parametrize("model", [NNGP, StudentTProcess, SparseNNGP])
+@pytest.mark.parametrize(
+    ("kernel", "error", "message"),
+    [
+        ("rbf", TypeError, "kernel must be a function of the number of features and the batch shape"),
+        (RBFKernel(), TypeError, "kernel must be a function of the number of features and the batch shape"),
+        (lambda d, batch: 3, TypeError, "kernel must give a GPyTorch kernel, found int"),
+        (lambda d, batch: RBFKernel(), ValueError, r"batch shape \(2,\), one for each output"),
+    ],
+    ids=["name", "kernel", "number", "no batch"],
+)
+def test_what_makes_no_kernel(model, kernel, error, message):
+    X, Y = rows("noise alone", torch.float64)
+    with pytest.raises(error, match=message):
+        model(kernel=kernel).fit(X, Y.expand(60, 2) + X[:, :2])
