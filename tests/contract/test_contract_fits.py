@@ -57,6 +57,22 @@ def test_answers_leave_the_global_generators_alone(name):
 
 
 @each_model
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": 1.5}, TypeError, "seed must be a whole number, found 1.5"),
+        ({"seed": True}, TypeError, "seed must be a whole number"),
+        ({"time_budget": 0.0}, ValueError, "time_budget must be positive"),
+        ({"time_budget": "1"}, TypeError, "time_budget must be"),
+    ],
+    ids=["fraction", "flag", "no time", "text"],
+)
+def test_settings_of_a_fit_are_checked_before_it(name, options, error, message):
+    with pytest.raises(error, match=message):
+        unfitted(name).fit(*data(), **options)
+
+
+@each_model
 @each_dtype
 def test_dtype_in_dtype_out(name, dtype):
     model = fitted(name, dtype=dtype)

@@ -164,6 +164,13 @@ def test_surprising_data_widen_and_expected_data_narrow():
         assert widening == pytest.approx((2 + 12 * factor**2) / 14, rel=1e-9)
 
 
+@pytest.mark.parametrize("unit", [1e-40, 1e-31, 1.0, 1e31])
+def test_quantiles_know_no_units(unit):
+    X, Y = points(30)
+    p = StudentTProcess(optimise=False).fit(X, unit * Y).predict(X[:3])
+    assert torch.allclose(p.cdf(p.quantile(0.9)), torch.tensor(0.9).double())
+
+
 def test_variance_where_there_is_none():
     X, Y = points(1)
     model = StudentTProcess(kernel=rbf, shape=0.4, scale=1.0, optimise=False).fit(X, Y)  # 1.8 degrees of freedom
