@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, count, positive
 from bayesnn.configured import Configured
 
 _ZERO = 1e-9
@@ -61,7 +62,7 @@ class DeepLimit(Configured):
 
         Raises:
             ValueError: for shapes that don't fit, labels out of range, no training points, or an input that is zero.
-            TypeError: for labels that aren't whole numbers.
+            TypeError: for labels that aren't whole numbers, arguments that aren't tensors, or inputs of different dtypes.
         """
         num_classes = _check(X, labels, X_new, num_classes)
         X, X_new = to_sphere(X), to_sphere(X_new)
@@ -113,14 +114,14 @@ class SingularKernel(DeepLimit):
         exponent: alpha.
 
     Raises:
-        ValueError: if the exponent isn't positive and finite.
+        TypeError: if the exponent isn't a number.
+        ValueError: if it isn't positive and finite.
     """
 
     exponent: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.exponent < math.inf:
-            raise ValueError(f"exponent: found {self.exponent}, want a positive number.")
+        check_fields(self, positive, "exponent")
 
     def log_weights(self, X: Tensor, X_new: Tensor) -> Tensor:
         """-alpha log |x - x_i|; infinite at coincident points."""
@@ -186,6 +187,11 @@ def _coincidence(X: Tensor) -> float:
 
 
 def _check(X: Tensor, labels: Tensor, X_new: Tensor, num_classes: int | None) -> int:
+    for name, value in (("X", X), ("labels", labels), ("X_new", X_new)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: found {type(value).__name__}, want a tensor: torch.as_tensor({name}).")
+    if X_new.dtype != X.dtype:
+        raise TypeError(f"X_new: found {X_new.dtype}, want {X.dtype} as X has: X_new.to(X).")
     if X.dim() < 2 or X.shape[-2] == 0 or X.shape[-1] == 0:
         raise ValueError(f"X: found shape {tuple(X.shape)}, want (*batch, n, d) with at least one row and column.")
     if X_new.dim() < 2 or X_new.shape[-1] != X.shape[-1]:
@@ -197,7 +203,7 @@ def _check(X: Tensor, labels: Tensor, X_new: Tensor, num_classes: int | None) ->
             f"labels: found shape {tuple(labels.shape)}, want {tuple(X.shape[:-1])}, one for each row of X."
         )
     most = int(labels.max())
-    num_classes = most + 1 if num_classes is None else num_classes
+    num_classes = most + 1 if num_classes is None else count("num_classes", num_classes)
     if int(labels.min()) < 0 or most >= num_classes:
         raise ValueError(f"labels: found {int(labels.min())} to {most}, want 0 to {num_classes - 1}.")
     return num_classes

@@ -33,6 +33,7 @@ from bayesnn.posteriors import Gaussian as GaussianPosterior
 from bayesnn.predictive import Predictive
 from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.memory import check_memory
+from bayesnn.processes.sparse_posterior import even_normals
 from bayesnn.processes.sparse_prior import Parameters, SparsePrior, network_prior
 
 MATRICES = 8  # of n x n that a fit holds at its peak, measured, beside one for each class when it is done
@@ -233,12 +234,10 @@ class DirichletNNGP(Model):
         return GaussianPosterior.from_moments(mean.mT.to(X), covariance.to(X))
 
     def _predictive(self, X: Tensor) -> Predictive:
-        """Over function values drawn point by point."""
-        generator, parts = torch.Generator().manual_seed(0), []
+        """Over function values drawn point by point, from the same normals."""
+        noise, parts = even_normals(self.num_draws, self.num_classes), []
         for rows in X.double().split(ROWS, -2):
             mean, var = self._moments(rows, joint=False)
-            shape = (self.num_draws, rows.shape[-2], self.num_classes)
-            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
             parts.append((mean.mT.unsqueeze(-3) + var.sqrt().mT.unsqueeze(-3) * noise).to(X))
         return self.likelihood.predictive_class(self.likelihood(torch.cat(parts, -2), {}))
 

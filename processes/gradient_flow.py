@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
+from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
-from bayesnn.data import Data
+from bayesnn.data import Data, as_float, check_inputs
 from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import Gaussian as GaussianPosterior
+from bayesnn.predictive import Predictive
 from bayesnn.processes.architectures import Layer
 from bayesnn.processes.kernels import NTKKernel
 from bayesnn.processes.memory import check_memory
@@ -24,6 +26,7 @@ from bayesnn.registry import register
 _RATIOS = (-8.0, 1.0, 37)
 _RIDGES = (-8.0, 1.0, 19)
 _MAX_FOLDS = 10
+ROWS = 1024  # that are predicted at once: a prediction needs no covariances between rows
 MATRICES = 8  # of n x n that a fit holds at its peak, measured, beside one for each output
 
 
@@ -83,9 +86,14 @@ def gradient_flow(
         mean (*batch, q, m) and covariance (*batch, q, q).
 
     Raises:
-        ValueError: for a negative time or ridge.
+        ValueError: for a negative time or ridge, shapes that don't fit, or numbers that aren't finite.
+        TypeError: for inputs or targets that aren't numbers.
     """
     _check_settings(time, ridge)
+    X = check_inputs(X)
+    X_new, Y = check_inputs(X_new, "X_new", X.shape[-1], batched=True), as_float(Y, "Y")
+    if Y.dim() != 2 or len(Y) != len(X):
+        raise ValueError(f"Y must have shape ({len(X)}, m), found {tuple(Y.shape)}; one output is Y[:, None]")
     K, theta = kernel.nngp_and_ntk(X, X)
     prior, _ = kernel.nngp_and_ntk(X_new, X_new)
     own = X.expand(*X_new.shape[:-2], *X.shape[-2:])
@@ -151,7 +159,7 @@ class NTKEnsemble(Model):
     more observation, of average size, for s, and log-normal(-4, 2) for the noise variance over the outputs' prior variance
     (our choices; the latter is centred where BoTorch's prior on noise is). All values on a grid are tried, at the cost of one
     eigendecomposition a fold, so that this can't fail. The kernel's own parameters are kept as they are. Outputs are
-    independent. Time is O(n^3), memory O(n^2).
+    independent. Time is O(n^3), memory O(n^2). Computed in float64 whatever the data's dtype.
 
     The default kernel's lengthscales stay at 1 for standardised inputs, its variances at the edge of chaos.
 
@@ -210,19 +218,20 @@ class NTKEnsemble(Model):
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         matrices = MATRICES + data.Y.shape[-1]
-        check_memory("NTKEnsemble", len(data), matrices, "SparseNNGP", data.X.dtype, data.X.device)
+        check_memory("NTKEnsemble", len(data), matrices, "SparseNNGP", torch.float64, data.X.device)
         self._adopt_kernel(data)
-        fixed = self.likelihood.fixed_parameters(outcome_scale)
+        data = Data(data.X.double(), data.Y.double())
+        fixed = self.likelihood.fixed_parameters(outcome_scale.double())
         noise_var = (2 * fixed["log_noise_std"]).exp().reshape(-1) if fixed else None
         with torch.no_grad():
             self._scale, self._noise_var, self._ridge = self._select(data, noise_var)
             self._train(data.X, data.Y)
 
     def _adopt_kernel(self, data: Data) -> None:
-        """A copy in the data's dtype, which no optimiser and no other model touches."""
+        """A copy in float64, which no optimiser and no other model touches."""
         self._kernel = copy.deepcopy(self.kernel)
         if isinstance(self._kernel, torch.nn.Module):
-            self._kernel = self._kernel.to(data.X).requires_grad_(False)
+            self._kernel = self._kernel.to(data.X.device, torch.float64).requires_grad_(False)
 
     def _select(self, data: Data, noise_var: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The output scale, the noise variance and the ridge, (m,) each, by cross-validation."""
@@ -276,15 +285,23 @@ class NTKEnsemble(Model):
         self._operator = _training_operator(theta.unsqueeze(-3), self.time, self._ridge)
 
     def _latent(self, X: Tensor) -> GaussianPosterior:
+        dtype, X = X.dtype, X.double()
         prior = self._kernels(X, X)[0].unsqueeze(-3)
         K_cross, theta_cross = (value.unsqueeze(-3) for value in self._kernels(X, self._X))
         weights = theta_cross @ self._operator  # (*batch, m, q, n)
         mean = (weights @ self._Y.mT.unsqueeze(-1)).squeeze(-1).mT
         covariance = _covariance(prior, K_cross, self._K.unsqueeze(-3), weights) * self._scale[:, None, None]
-        return GaussianPosterior.from_moments(mean, covariance.expand(*mean.shape[:-2], *covariance.shape[-3:]))
+        covariance = covariance.expand(*mean.shape[:-2], *covariance.shape[-3:])
+        return GaussianPosterior.from_moments(mean.to(dtype), covariance.to(dtype))
+
+    def _predictive(self, X: Tensor) -> Predictive:
+        parts = [self._latent(rows) for rows in X.double().split(ROWS, -2)]
+        mean, var = (torch.cat([getattr(part, name) for part in parts], -2).to(X) for name in ("mean", "variance"))
+        marginals = GaussianPosterior.from_moments(mean, DiagLinearOperator(var.mT))
+        return self.likelihood.predictive(marginals, self._likelihood_parameters())
 
     def _likelihood_parameters(self) -> dict[str, Tensor]:
-        return {"log_noise_std": 0.5 * self._noise_var.log().unsqueeze(0)}
+        return {"log_noise_std": 0.5 * self._noise_var.log().unsqueeze(0).to(self._require_fitted().X)}
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -293,7 +310,7 @@ class NTKEnsemble(Model):
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
         """The networks trained from their start on all observations, with scale, noise and ridge kept."""
-        scaled, standardised = self._observed(X, Y)
+        scaled, standardised = (values.double() for values in self._observed(X, Y))
         conditioned = self._copy()
         conditioned._conditioned = True
         batch = torch.broadcast_shapes(scaled.shape[:-2], self._X.shape[:-2])
@@ -315,9 +332,10 @@ class NTKEnsemble(Model):
         if isinstance(self._kernel, torch.nn.Module):
             own = {name.removeprefix("kernel."): v for name, v in tensors.items() if name.startswith("kernel.")}
             self._kernel.load_state_dict(own)
-        self._scale, self._noise_var, self._ridge = (tensors[name] for name in ("output_scale", "noise_var", "ridge"))
+        names = ("output_scale", "noise_var", "ridge")
+        self._scale, self._noise_var, self._ridge = (tensors[name].double() for name in names)
         with torch.no_grad():
-            self._train(self._data.X, self._data.Y)
+            self._train(self._data.X.double(), self._data.Y.double())
 
 
 register("ntk", NTKEnsemble)

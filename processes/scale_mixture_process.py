@@ -10,6 +10,7 @@ from botorch.posteriors import Posterior
 from torch import Tensor
 from torch.distributions import Normal
 
+from bayesnn.checks import count
 from bayesnn.likelihoods import Gaussian
 from bayesnn.posteriors import ScaleMixture
 from bayesnn.predictive import Predictive
@@ -50,7 +51,7 @@ class ScaleMixtureProcess(StudentTProcess):
 
     Raises:
         ValueError: for an unknown activation, or a depth or number of draws below 1.
-        TypeError: if the likelihood isn't Gaussian.
+        TypeError: if the likelihood isn't Gaussian, ``mixing`` no law, or the number of draws no integer.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class ScaleMixtureProcess(StudentTProcess):
     ) -> None:
         # The shape counts for nothing here but has to be there.
         super().__init__(depth, activation, likelihood, optimise, kernel, shape=1.0)
-        if num_draws < 1:
-            raise ValueError(f"num_draws must be positive, found {num_draws}")
-        self.mixing, self.num_draws = HalfCauchy() if mixing is None else mixing, num_draws
+        if mixing is not None and not isinstance(mixing, MixingLaw):
+            raise TypeError(f"mixing must be a mixing law, HalfCauchy() say, found {mixing!r}")
+        self.mixing = HalfCauchy() if mixing is None else mixing
+        self.num_draws = count("num_draws", num_draws)
 
     def _weighted(self, known: Conditioned) -> WeightedVariances:
         generator = torch.Generator().manual_seed(0)

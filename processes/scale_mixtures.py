@@ -23,7 +23,10 @@ import scipy.special
 import torch
 from torch import Tensor
 
+from bayesnn.checks import check_fields, positive
 from bayesnn.configured import Configured
+
+SERIES_FROM = 16.0  # arguments from which four terms of Stirling's series are exact to rounding
 
 
 def log_multivariate_t(squared_distance: Tensor, log_det: Tensor, df: Tensor, size: int) -> Tensor:
@@ -38,13 +41,25 @@ def log_multivariate_t(squared_distance: Tensor, log_det: Tensor, df: Tensor, si
         df: degrees of freedom.
         size: n; with 0 the density is 1.
     """
-    gammas = torch.lgamma((df + size) / 2) - torch.lgamma(df / 2)
     return (
-        gammas
-        - 0.5 * size * (df * math.pi).log()
+        _log_gamma_ratio(df / 2, size / 2)
+        - 0.5 * size * math.log(2 * math.pi)
         - 0.5 * log_det
         - 0.5 * (df + size) * torch.log1p(squared_distance / df)
     )
+
+
+def _log_gamma_ratio(start: Tensor, step: float) -> Tensor:
+    """log(Gamma(z + h) / (Gamma(z) z^h)), which tends to 0 for large z: there by Stirling's series, without large terms."""
+    plain = torch.lgamma(start + step) - torch.lgamma(start) - step * start.log()
+    z = start.clamp_min(SERIES_FROM)
+    series = (z + step - 0.5) * torch.log1p(step / z) - step + _stirling(z + step) - _stirling(z)
+    return torch.where(start < SERIES_FROM, plain, series)
+
+
+def _stirling(z: Tensor) -> Tensor:
+    square = z.reciprocal().square()
+    return (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680))) / z
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ class InverseGamma(MixingLaw):
     scale: float = 2.0
 
     def __post_init__(self) -> None:
-        _check_positive(shape=self.shape, scale=self.scale)
+        check_fields(self, positive, "shape", "scale")
 
     def log_prob(self, variance: Tensor) -> Tensor:
         """log IG(s; a, b)."""
@@ -123,7 +138,7 @@ class HalfCauchy(MixingLaw):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(scale=self.scale)
+        check_fields(self, positive, "scale")
 
     def log_prob(self, variance: Tensor) -> Tensor:
         """log H(s)."""
@@ -162,7 +177,7 @@ class BurrXII(MixingLaw):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(c=self.c, k=self.k, scale=self.scale)
+        check_fields(self, positive, "c", "k", "scale")
 
     def log_prob(self, variance: Tensor) -> Tensor:
         """log H(s)."""
@@ -213,7 +228,7 @@ def importance_sample(
     proposal is a mixture with equal shares (weights against the whole mixture: Veach and Guibas 1995) of the law itself,
     which is near the posterior where data say little, and of the posteriors that power laws like H's two tails would give,
     :math:`IG(t + n/2, d^2/2)` for :math:`H(s) \sim s^{-t-1}`; the one for large s has :math:`b = d^2/4` more at most. The
-    uniforms behind the draws are stratified.
+    uniforms behind the draws are stratified, and one set serves the whole batch.
 
     Everything is differentiable in ``squared_distance`` and ``log_det`` at fixed uniforms.
 
@@ -234,7 +249,7 @@ def importance_sample(
     if size == 0:
         equal = squared_distance.new_full((*squared_distance.shape, num_draws), -math.log(num_draws))
         effective = torch.full_like(squared_distance, num_draws)
-        unseen = law.icdf(_strata(squared_distance, num_draws, generator))
+        unseen = law.icdf(_strata(squared_distance, num_draws, generator)).expand_as(equal)
         return WeightedVariances(unseen, equal, torch.zeros_like(squared_distance), effective)
     # Zero outcomes have no evidence under a law that doesn't vanish at 0; they get a large one.
     distance = squared_distance.clamp_min(torch.finfo(squared_distance.dtype).tiny)
@@ -252,7 +267,8 @@ def importance_sample(
     pairs = zip(components, counts, strict=False)
     draws = [scale / _gamma_icdf(_strata(distance, count, generator), shape) for (shape, scale), count in pairs]
     if before is None:
-        draws.append(law.icdf(_strata(distance, counts[-1], generator)))
+        own = law.icdf(_strata(distance, counts[-1], generator))
+        draws.append(own.expand(*distance.shape, counts[-1]))
     variances = torch.cat(draws, -1)
     log_law = law.log_prob(variances)
     densities = [_log_inverse_gamma(variances, shape, scale) for shape, scale in components]
@@ -269,10 +285,9 @@ def importance_sample(
 
 
 def _strata(like: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """One uniform in each of ``count`` equal parts of (0, 1), in random order, (*batch, count)."""
-    shape = (*like.shape, count)
-    order = torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
-    within = torch.rand(shape, generator=generator, dtype=torch.float64)
+    """One uniform in each of ``count`` equal parts of (0, 1), in random order, (count,): the same for all of a batch."""
+    order = torch.randperm(count, generator=generator)
+    within = torch.rand(count, generator=generator, dtype=torch.float64)
     return ((order + within) / count).clamp(1e-15, 1 - 1e-15).to(like)
 
 
@@ -283,9 +298,3 @@ def _log_inverse_gamma(variance: Tensor, shape: Tensor, scale: Tensor) -> Tensor
 def _gamma_icdf(uniform: Tensor, shape: Tensor) -> Tensor:
     values = scipy.special.gammaincinv(shape.double().cpu().numpy(), uniform.double().cpu().numpy())
     return torch.from_numpy(values).to(uniform)
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, found {value}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Self
 
 import torch
+from botorch.utils.sampling import draw_sobol_normal_samples
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 from torch.distributions import Normal
@@ -18,6 +19,11 @@ from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.sparse_prior import Inducing, Parameters, Projection, SparsePrior, network_prior
 
 ROWS = 4096  # of a prediction in work at once
+
+
+def even_normals(num_draws: int, size: int) -> Tensor:
+    """Standard normals (S, 1, L) for a prediction's draws, one quasi-random set for all rows: equal rows get equal answers."""
+    return draw_sobol_normal_samples(size, num_draws, dtype=torch.float64, seed=0).unsqueeze(-2)
 
 
 class InducingValues(NamedTuple):
@@ -111,25 +117,16 @@ class SparseProcess(Model):
         return GaussianPosterior.from_moments(mean.mT.to(X), covariance.to(X))
 
     def _predictive(self, X: Tensor) -> Predictive:
-        """In closed form for Gaussian noise; else over functions that are joint in what they owe to the inducing values.
-
-        What is left is drawn point by point.
-        """
+        """In closed form for Gaussian noise; else over function values drawn point by point, from the same normals."""
+        moments = [self._moments(rows, joint=False) for rows in X.double().split(ROWS, -2)]
+        mean, var = (
+            torch.cat(values, -1).mT.unsqueeze(-3) for values in zip(*moments, strict=True)
+        )  # (*batch, 1, q, L)
         if isinstance(self.likelihood, Gaussian):
-            moments = [self._moments(rows, joint=False) for rows in X.double().split(ROWS, -2)]
-            mean, var = (torch.cat(values, -1).mT.unsqueeze(-3) for values in zip(*moments, strict=True))
             std = (var + (2 * self._noise["log_noise_std"]).exp()).sqrt()
             return Predictive(Normal(mean.to(X), std.to(X)), function_var=var.to(X))
-        generator, S = torch.Generator().manual_seed(0), self.num_draws
-        normals = torch.randn(*self._values.mean.shape, S, generator=generator, dtype=torch.float64)
-        values = self._values.mean.unsqueeze(-1) + self._values.root @ normals  # (L, M, S)
-        parts = []
-        for rows in X.double().split(ROWS, -2):
-            (base, _, left), _, _ = self._project(rows, False)
-            rest = torch.randn(S, rows.shape[-2], values.shape[0], generator=generator, dtype=torch.float64)
-            f = (values.mT @ base + self._prior.mean[:, None, None]).movedim(-3, -1)  # (*batch, S, q, L)
-            parts.append((f + left.mT.sqrt().unsqueeze(-3) * rest).to(X))
-        return self.likelihood.predictive_class(self.likelihood(torch.cat(parts, -2), self._likelihood_parameters()))
+        f = mean + var.clamp_min(0).sqrt() * even_normals(self.num_draws, mean.shape[-1])
+        return self.likelihood.predictive_class(self.likelihood(f.to(X), self._likelihood_parameters()))
 
     def _likelihood_parameters(self) -> Parameters:
         data = self._require_fitted()

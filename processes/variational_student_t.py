@@ -28,6 +28,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bayesnn.checks import check_fields, count, positive
 from bayesnn.configured import Configured
 from bayesnn.data import Data, minibatch
 from bayesnn.files import fingerprint
@@ -39,6 +40,7 @@ from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
 from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.scale_mixtures import InverseGamma
+from bayesnn.processes.sparse_posterior import even_normals
 
 RATIO_PRIOR = LogNormalPrior(0.0, 1.0)  # of beta / alpha, weak, ours
 JITTER = 1e-6  # of the inducing covariance, as a share of its mean diagonal
@@ -128,7 +130,8 @@ class SparseStudentT(Configured):
         num_samples: draws for each row and step.
 
     Raises:
-        ValueError: if a count or rate isn't positive.
+        TypeError: if a count isn't an integer, or the rate isn't a number.
+        ValueError: if one isn't positive.
     """
 
     num_inducing: int = 128
@@ -138,20 +141,20 @@ class SparseStudentT(Configured):
     num_samples: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("num_inducing", "num_steps", "learning_rate", "batch_size", "num_samples"):
-            value = getattr(self, name)
-            if not (value is None and name == "batch_size") and not value > 0:
-                raise ValueError(f"{name} must be positive, found {value}")
+        check_fields(self, count, "num_inducing", "num_steps", "num_samples")
+        check_fields(self, positive, "learning_rate")
+        if self.batch_size is not None:
+            check_fields(self, count, "batch_size")
 
     def init(self, target: SparseTarget, generator: torch.Generator) -> SparseState:
         """q at the prior, with inducing points at some of the rows."""
         X = target.data.X.double()
-        count = min(self.num_inducing, len(X))
+        M = min(self.num_inducing, len(X))
         zeros, C = X.new_zeros, target.num_latents
         variational = {
-            "inducing": X[torch.randperm(len(X), generator=generator)[:count]],
-            "mean": zeros(C, count),
-            "root": zeros(C, count, count),
+            "inducing": X[torch.randperm(len(X), generator=generator)[:M]],
+            "mean": zeros(C, M),
+            "root": zeros(C, M, M),
             "log_shape": zeros(()) + math.log(target.prior_shape),
             "log_ratio": zeros(()),
             "log_prior_ratio": zeros(()),
@@ -231,18 +234,9 @@ class VariationalStudentTProcess(Model):
                 f"likelihood must be of labels or counts and without free parameters, found {likelihood!r}; "
                 "for real outcomes there is StudentTProcess"
             )
-        if not (math.isfinite(shape) and shape > 0):
-            raise ValueError(f"shape must be positive and finite, found {shape}")
-        if num_draws < 1:
-            raise ValueError(f"num_draws must be positive, found {num_draws}")
         MLPKernel(depth, activation)  # raises the other errors
-        self.depth, self.activation, self.kernel, self.shape, self.num_draws = (
-            depth,
-            activation,
-            kernel,
-            shape,
-            num_draws,
-        )
+        self.depth, self.activation, self.kernel = depth, activation, kernel
+        self.shape, self.num_draws = positive("shape", shape), count("num_draws", num_draws)
         self.method = SparseStudentT() if method is None else method
         self._variational: dict[str, Tensor]
         self._covariances: _Covariances
@@ -270,17 +264,15 @@ class VariationalStudentTProcess(Model):
         return StudentT(loc.to(X), (q.scale / q.shape * covariance).to(X), float(2 * q.shape), shared=True)
 
     def _predictive(self, X: Tensor) -> Predictive:
-        """Over functions that are joint in all they owe to the inducing values; what is left is drawn point by point."""
+        """Over function values drawn point by point, from the same normals and scales."""
         q = _unpack(self._variational, self.shape)
         base, _, left, _ = self._covariances.project(self._variational, X.double())
-        generator, S = torch.Generator().manual_seed(0), self.num_draws
-        strata = (torch.randperm(S, generator=generator) + torch.rand(S, generator=generator).double()) / S
-        std = InverseGamma(float(q.shape), float(q.scale)).icdf(strata.clamp(1e-15, 1 - 1e-15)).sqrt()
-        normals = torch.randn(S, *q.mean.shape, 1, generator=generator, dtype=torch.float64)
-        values = q.mean + std[:, None, None] * (q.root @ normals).squeeze(-1)
-        rest = torch.randn(S, X.shape[-2], q.mean.shape[0], generator=generator, dtype=torch.float64)
-        root = left.clamp_min(0).sqrt()[..., None, :, None]
-        f = base.mT.unsqueeze(-3) @ values.mT + std[:, None, None] * root * rest
+        mean = base.mT @ q.mean.mT
+        var = left.clamp_min(0).unsqueeze(-1) + (q.root.mT @ base.unsqueeze(-3)).square().sum(-2).mT
+        normals = even_normals(self.num_draws, 1 + mean.shape[-1])
+        levels = torch.special.ndtr(normals[..., :1]).clamp(1e-15, 1 - 1e-15)
+        std = InverseGamma(float(q.shape), float(q.scale)).icdf(levels).sqrt()
+        f = mean.unsqueeze(-3) + std * var.sqrt().unsqueeze(-3) * normals[..., 1:]
         return self.likelihood.predictive_class(self.likelihood(f.to(X), {}))
 
     def _state(self) -> dict[str, Tensor]:

@@ -55,8 +55,9 @@ class ScaleMixture(SharedNormalPosterior):
     def quantile_of_scale(self, uniforms: Tensor) -> Tensor:
         """Of s: uniforms (*batch, m, K) -> (*batch, m, K)."""
         middles = (self.weights.cumsum(-1) - 0.5 * self.weights).contiguous()
-        right = torch.searchsorted(middles, uniforms.contiguous()).clamp(1, middles.shape[-1] - 1)
-        left = right - 1
+        last = middles.shape[-1] - 1
+        right = torch.searchsorted(middles, uniforms.contiguous()).clamp(min(1, last), last)
+        left = (right - 1).clamp_min(0)
         low, high = middles.gather(-1, left), middles.gather(-1, right)
         tiny = torch.finfo(middles.dtype).tiny
         share = ((uniforms - low) / (high - low).clamp_min(tiny)).clamp(0, 1)

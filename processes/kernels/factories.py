@@ -47,7 +47,6 @@ def made(factory: KernelFactory, num_features: int, batch_shape: torch.Size) -> 
     return kernel
 
 
-
 @dataclass(frozen=True)
 class MLPKernel(Configured):
     """The NNGP kernel of a multilayer perceptron with weak log-normal priors (our choice), for standardised inputs.

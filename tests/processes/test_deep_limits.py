@@ -218,11 +218,16 @@ def test_bad_input() -> None:
         ((X, labels, X, 1), ValueError, "want 0 to 0"),
         ((0 * X, labels, X), ValueError, "no place on the sphere"),
         ((X, labels, X / 0), ValueError, "no place on the sphere"),
+        ((X.numpy(), labels, X), TypeError, "X: found ndarray"),
+        ((X, labels.tolist(), X), TypeError, "labels: found list"),
+        ((X, labels, X.float()), TypeError, "X_new: found torch.float32, want torch.float64"),
+        ((X, labels, X, 3.5), TypeError, "num_classes must be an integer"),
     ):
         with pytest.raises(error, match=message):
             vote.votes(*arguments)
-    with pytest.raises(ValueError, match="exponent: found 0"):
-        SingularKernel(0)
+    for value, error in ((0, ValueError), (math.inf, ValueError), ("a", TypeError)):
+        with pytest.raises(error, match="exponent must be"):
+            SingularKernel(value)
     for value, slope, message in (
         (lambda c: c, lambda c: 1 + 0 * c, "linear"),
         (lambda c: 0 * c, lambda c: 0 * c, "is zero"),

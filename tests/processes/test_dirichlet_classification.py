@@ -130,6 +130,14 @@ def test_files_batches_and_single_precision(tmp_path):
     assert single.predict(new).probabilities.dtype == torch.float32
 
 
+def test_equal_rows_have_one_probability_near_the_exact_one():
+    model, new, _ = wine()
+    found = model.predict(new[:6].repeat_interleave(50, 0)).probabilities.reshape(6, 50, 3)
+    assert (found - found[:, :1]).abs().max() < 1e-12
+    draws = model.posterior(new[:6]).rsample(torch.Size([200_000])).softmax(-1).mean(0)
+    assert (found[:, 0] - draws).abs().max() < 0.005
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="Categorical"):
         DirichletNNGP(likelihoods.Bernoulli())

@@ -240,6 +240,37 @@ def test_default_kernel_is_saved_by_its_arguments(tmp_path) -> None:
         NTKEnsemble(depth=0)
 
 
+def test_single_precision_equals_double() -> None:
+    X, Y, X_new = (value.float() for value in problem(n=40))
+    X = torch.cat([X, X[:5] + 1e-3])
+    Y = torch.cat([Y, Y[:5]])
+    for options in ({}, {"ridge": 1e-4}):
+        single, double = (NTKEnsemble(depth=4, **options).fit(X.to(d), Y.to(d)) for d in (torch.float32, torch.float64))
+        assert single._K.dtype == single._scale.dtype == torch.float64
+        p, expected = single.predict(X_new), double.predict(X_new.double())
+        posterior = single.posterior(X_new)
+        assert p.mean.dtype == p.variance.dtype == posterior.mean.dtype == posterior.variance.dtype == torch.float32
+        torch.testing.assert_close(p.mean.double(), expected.mean, rtol=0, atol=1e-3)
+        torch.testing.assert_close(p.variance.double(), expected.variance, rtol=1e-3, atol=0)
+    further = single.condition_on_observations(X_new, Y[:4])
+    assert further.predict(X_new).mean.dtype == torch.float32 and further._K.dtype == torch.float64
+
+
+def test_predictions_are_made_in_blocks_of_rows(monkeypatch) -> None:
+    X, Y, X_new = problem(n=12, q=7, batch=(2,))
+    model = NTKEnsemble(ReLUNetwork()).fit(X, Y)
+    whole, posterior = model.predict(X_new), model.posterior(X_new)
+    torch.testing.assert_close(whole.epistemic, posterior.variance, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr("bayesnn.processes.gradient_flow.ROWS", 3)
+    sizes = []
+    kernels = NTKEnsemble._kernels
+    monkeypatch.setattr(NTKEnsemble, "_kernels", lambda self, a, b: (sizes.append(a.shape[-2]), kernels(self, a, b))[1])
+    blocks = model.predict(X_new)
+    assert max(sizes) == 3
+    torch.testing.assert_close(blocks.mean, whole.mean)
+    torch.testing.assert_close(blocks.variance, whole.variance)
+
+
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="time: found -1"):
         NTKEnsemble(ReLUNetwork(), time=-1)
@@ -251,3 +282,14 @@ def test_bad_settings() -> None:
         NTKEnsemble("relu")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must be likelihoods.Gaussian"):
         NTKEnsemble(ReLUNetwork(), likelihood=likelihoods.StudentT())  # type: ignore[arg-type]
+    X, Y, X_new = problem()
+    for arguments, message in (
+        ((X, Y[:, 0], X_new), r"Y must have shape \(8, m\), found \(8,\)"),
+        ((X, Y[:5], X_new), "Y must have shape"),
+        ((X / 0, Y, X_new), "X must be finite"),
+        ((X, Y * math.nan, X_new), "Y must be finite"),
+        ((X, Y, X_new * math.nan), "X_new must be finite"),
+        ((X, Y, X_new[:, :2]), "X_new must have 3 columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gradient_flow(ReLUNetwork(), *arguments)

@@ -95,3 +95,28 @@ def test_no_variance_after_one_observation_under_a_half_cauchy():
     assert torch.isinf(model.predict(X).variance).all() and torch.isinf(model.predict(X).epistemic).all()
     with pytest.raises(ValueError, match="no finite variance"):
         _ = model.posterior(X).variance
+
+
+def test_one_draw():
+    X, Y = points(8, 2)
+    model = ScaleMixtureProcess(kernel=rbf, optimise=False, num_draws=1).fit(X, Y)
+    scale = model._weighted(model._known).variances[:, 0]
+    var = gaussian_marginals(model._prior, model._known, model._scaled(X[:3]))[1]
+    torch.testing.assert_close(model.predict(X[:3]).epistemic, Y.var(0) * scale * var)
+    torch.testing.assert_close(model.posterior(X[:3]).variance, Y.var(0) * scale * var)
+
+
+def test_equal_fantasies_have_equal_variances():
+    X, Y = points(8)
+    model = ScaleMixtureProcess(kernel=rbf, optimise=False).fit(X, Y)
+    fantasies = model.condition_on_observations(X[:1].expand(3, 1, 2) + 0.1, torch.full((4, 3, 1, 1), 0.3).double())
+    for found in (fantasies.posterior(X[:2] + 0.5).variance, fantasies.predict(X[:2] + 0.5).variance):
+        torch.testing.assert_close(found, found[:1, :1].expand_as(found), rtol=1e-9, atol=0)
+
+
+def test_bad_arguments():
+    for arguments in ({"num_draws": 2.5}, {"num_draws": True}, {"mixing": "x"}, {"mixing": HalfCauchy}):
+        with pytest.raises(TypeError, match=next(iter(arguments))):
+            ScaleMixtureProcess(**arguments)
+    with pytest.raises(ValueError, match="num_draws"):
+        ScaleMixtureProcess(num_draws=0)

@@ -8,7 +8,14 @@ import scipy.integrate
 import scipy.stats
 import torch
 
-from bayesnn.processes.scale_mixtures import BurrXII, HalfCauchy, InverseGamma, importance_sample, log_multivariate_t
+from bayesnn.processes.scale_mixtures import (
+    BurrXII,
+    HalfCauchy,
+    InverseGamma,
+    _log_gamma_ratio,
+    importance_sample,
+    log_multivariate_t,
+)
 
 LAWS = [InverseGamma(2.5, 0.7), HalfCauchy(0.8), BurrXII(2.0, 1.0), BurrXII(1.3, 0.7, scale=2.0)]
 
@@ -120,6 +127,41 @@ def test_gradients_are_those_of_the_estimate():
         difference = (estimate(distance + 1e-5, log_det) - estimate(distance - 1e-5, log_det)) / 2e-5
     assert float(gradients[0]) == pytest.approx(float(difference), rel=1e-6)
     assert float(gradients[1]) == pytest.approx(-0.5, abs=1e-12)
+
+
+SHAPES = torch.tensor([0.3, 3.0, 15.99, 16.0, 40.0, 1e4, 1e8, 1e12, 1e16, 1e30], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [2, 8, 60, 1000])
+def test_multivariate_t_is_accurate_for_all_degrees_of_freedom(size):
+    """lnGamma(z + k) - lnGamma(z) is a sum of k logarithms."""
+    distance, log_det = torch.tensor([1.25 * size, 0.5], dtype=torch.float64)
+    found = log_multivariate_t(distance, log_det, 2 * SHAPES, size)
+    gaussian = -0.5 * (size * math.log(2 * math.pi) + float(log_det + distance))
+    for z, value in zip(SHAPES.tolist(), found.tolist(), strict=True):
+        ratio = math.fsum(math.log1p(i / z) for i in range(size // 2))
+        tail = (z + size / 2) * math.log1p(float(distance) / 2 / z)
+        expected = ratio - 0.5 * (size * math.log(2 * math.pi) + float(log_det)) - tail
+        assert value == pytest.approx(expected, rel=1e-13, abs=1e-11), z
+        assert abs(value - gaussian) < 1e-11 + size**2 / z, z
+
+
+def test_half_steps_of_the_gamma_ratio():
+    """Gamma(z + 1/2) / Gamma(z) times Gamma(z + 1) / Gamma(z + 1/2) is z."""
+    twice = _log_gamma_ratio(SHAPES, 0.5) + _log_gamma_ratio(SHAPES + 0.5, 0.5)
+    torch.testing.assert_close(twice, -0.5 * torch.log1p(0.5 / SHAPES), rtol=1e-12, atol=1e-13)
+    z = SHAPES.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(_log_gamma_ratio(z, 0.5).sum(), z)
+    torch.testing.assert_close(
+        slope[:5], torch.digamma(SHAPES[:5] + 0.5) - torch.digamma(SHAPES[:5]) - 0.5 / SHAPES[:5]
+    )
+    torch.testing.assert_close(slope[5:], 0.125 / SHAPES[5:] ** 2, rtol=1e-3, atol=1e-16)
+
+
+def test_equal_entries_of_a_batch_have_equal_draws():
+    found = importance_sample(HalfCauchy(), torch.full((3, 2), 4.0).double(), number(0.3), 5, 64, seeded())
+    for values in found:
+        assert values.shape[:2] == (3, 2) and torch.equal(values, values[:1, :1].expand_as(values))
 
 
 def test_bad_arguments():

@@ -231,6 +231,15 @@ def test_minibatches_checkpoints_and_files(tmp_path):
     assert model.posterior(X.reshape(9, 10, 2)).rsample(torch.Size([2])).shape == (2, 9, 10, 3)
 
 
+def test_equal_rows_have_one_probability_near_the_exact_one():
+    model, new = heavy_tailed(), 2 * three_classes(6, seed=2)[0]
+    found = model.predict(new.repeat_interleave(50, 0)).probabilities.reshape(6, 50, 3)
+    assert (found - found[:, :1]).abs().max() < 1e-12
+    posterior = model.posterior(new)
+    draws = posterior.rsample(torch.Size([200_000]), generator=torch.Generator().manual_seed(0)).softmax(-1).mean(0)
+    assert (found[:, 0] - draws).abs().max() < 0.005
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="StudentTProcess"):
         VariationalStudentTProcess(likelihoods.Gaussian())
@@ -242,3 +251,13 @@ def test_bad_arguments():
     for name in ("num_inducing", "num_steps", "batch_size", "learning_rate", "num_samples"):
         with pytest.raises(ValueError, match=name):
             SparseStudentT(**{name: 0})
+    for name in ("num_inducing", "num_steps", "batch_size", "num_samples"):
+        for value in (2.5, True):
+            with pytest.raises(TypeError, match=name):
+                SparseStudentT(**{name: value})
+    for value in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="learning_rate"):
+            SparseStudentT(learning_rate=value)
+    for arguments in ({"shape": "a"}, {"num_draws": 2.5}):
+        with pytest.raises(TypeError, match=next(iter(arguments))):
+            VariationalStudentTProcess(likelihoods.Categorical(2), **arguments)

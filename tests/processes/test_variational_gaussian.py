@@ -146,6 +146,14 @@ def test_predictions_are_the_posterior_s_functions():
     assert many.predict(X[:6].reshape(3, 2, -1)).probabilities.shape == (3, 2, 3)
 
 
+def test_equal_rows_have_one_probability_near_the_exact_one():
+    model, X, _ = wine()
+    found = model.predict(X[:6].repeat_interleave(50, 0)).probabilities.reshape(6, 50, 3)
+    assert (found - found[:, :1]).abs().max() < 1e-12
+    draws = model.posterior(X[:6]).rsample(torch.Size([200_000])).softmax(-1).mean(0)
+    assert (found[:, 0] - draws).abs().max() < 0.005
+
+
 @pytest.mark.parametrize(
     "likelihood",
     [
