@@ -15,6 +15,9 @@ The first four problems are those on which others' figures are known. Two more a
 functions haven't: Michalewicz's function in 5 dimensions, whose valleys are steep between plains, and Hartmann's of 6 inputs
 hidden among 40. Regret is the best value found above the minimum, the mean over seeds.
 
+The table isn't free of choices made on it: ``nngp``'s activation, tolerances and prior were chosen among some nine variants
+on seeds 0 to 3 of these very problems. Seeds from 4 on (``--seeds``) are unseen.
+
 Every run is a line of ``benchmarks/results/kernels_bo_cells.jsonl`` when it is finished: run again, the benchmark goes on
 where it stopped.
 """
@@ -74,6 +77,8 @@ def hidden(problem: Problem) -> Problem:
     """The same function of a few among many inputs."""
     return Problem(HIDDEN_AMONG, lambda X: problem.function(X[:, HIDDEN]), problem.minimum)
 
+
+CHOSEN_ON = (0, 1, 2, 3)  # the seeds that the defaults of ours have been chosen on
 
 PROBLEMS = {
     "branin": of_botorch(Branin()),
@@ -207,7 +212,7 @@ def main() -> None:
         if (name, method, seed) not in done
     ]
     Parallel(n_jobs=options.jobs)(delayed(run_and_keep)(*key) for key in wanted)
-    write(NAME, rows(options.problems), {})
+    write(NAME, rows(options.problems), {}, chosen_on=list(CHOSEN_ON))
 
 
 if __name__ == "__main__":
