@@ -12,6 +12,7 @@ import torch
 from botorch.exceptions.warnings import BotorchTensorDimensionWarning
 from botorch.models import SingleTaskGP
 from botorch.optim.utils import get_parameters_and_bounds
+from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import ScaleKernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
@@ -33,6 +34,7 @@ from bayesnn.processes.memory import check_memory
 from bayesnn.registry import register
 
 MIN_NOISE_VAR = 1e-12  # of fixed noise, in units of the outcomes' variance: a matrix without any can't be factored
+MIN_LEARNED_NOISE_VAR = 1e-4  # BoTorch's
 ROWS = 1024  # that are predicted at once: a prediction needs no covariances between rows
 MATRICES = 7  # of n x n for each output that a fit holds at its peak, as many as a Student-t process
 
@@ -90,7 +92,11 @@ class NNGP(Model):
         noise_var = (2 * fixed["log_noise_std"]).exp().expand_as(data.Y) if fixed else None
         X, Y = data.X.double(), data.Y.double()
         with min_fixed_noise(double_value=MIN_NOISE_VAR):
-            return SingleTaskGP(X, Y, noise_var, covar_module=scaled, outcome_transform=None).to(X)
+            gp = SingleTaskGP(X, Y, noise_var, covar_module=scaled, outcome_transform=None)
+        _by_logarithm(scaled, "outputscale", 0.0)
+        if noise_var is None:
+            _by_logarithm(gp.likelihood.noise_covar, "noise", MIN_LEARNED_NOISE_VAR)
+        return gp.to(X)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         check_memory("NNGP", len(data), MATRICES * data.Y.shape[-1], "SparseNNGP", torch.float64, data.X.device)
@@ -148,6 +154,13 @@ class NNGP(Model):
         gp = self._build(self._data, self._fixed)
         gp.load_state_dict(tensors)
         self._gp = gp.eval().requires_grad_(False)
+
+
+def _by_logarithm(module: Any, name: str, least: float) -> None:
+    """Find a variance by steps in its logarithm: it may lie decades from where it starts, and its own steps are then tiny."""
+    start = getattr(module, name).detach().clone()
+    module.register_constraint(f"raw_{name}", GreaterThan(least, transform=torch.exp, inv_transform=torch.log))
+    module.initialize(**{name: start})
 
 
 @contextmanager
