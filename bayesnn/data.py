@@ -133,12 +133,16 @@ def standardisation(values: Tensor, name: str) -> Scaling:
 
     A single row is centred and keeps scale 1 (one value says nothing about spread).
     """
-    loc = values.mean(-2, keepdim=True)
     if values.shape[-2] == 1:
         return Scaling(values.clone(), torch.ones_like(values))
-    scale = values.std(-2, keepdim=True)
+    # In units of a power of two as large as the largest, so that no square leaves the dtype, and nothing is rounded.
+    largest = values.abs().amax(-2, keepdim=True)
+    exponent = largest.clamp_min(torch.finfo(values.dtype).tiny).frexp().exponent - 1
+    unit = torch.ldexp(torch.ones_like(largest), exponent)
+    scaled = values / unit
+    loc, scale = unit * scaled.mean(-2, keepdim=True), unit * scaled.std(-2, keepdim=True)
     # Rounding leaves a constant column a tiny spread; anything below it carries no information.
-    floor = 10 * torch.finfo(values.dtype).eps * values.abs().amax(-2, keepdim=True)
+    floor = 10 * torch.finfo(values.dtype).eps * largest
     constant = scale <= floor
     if bool(constant.any()):
         columns = constant.squeeze(-2).nonzero().squeeze(-1).tolist()
@@ -146,6 +150,16 @@ def standardisation(values: Tensor, name: str) -> Scaling:
             f"{name}: column(s) {columns} are constant over the {values.shape[-2]} rows", BayesnnWarning, stacklevel=4
         )
     return Scaling(loc, torch.where(constant, torch.ones_like(scale), scale))
+
+
+def check_variance(scaling: Scaling, name: str) -> None:
+    """Raise ValueError unless every scale's square, the unit of variances, is a number of the dtype."""
+    var = scaling.scale.square()
+    if not bool((torch.isfinite(var) & (var > 0)).all()):
+        found = ", ".join(f"{value:.3g}" for value in scaling.scale.flatten().tolist())
+        raise ValueError(
+            f"{name}: its variance leaves {var.dtype} (found standard deviations {found}): choose other units, or float64"
+        )
 
 
 def identity(num_columns: int, like: Tensor) -> Scaling:

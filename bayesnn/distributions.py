@@ -1,4 +1,4 @@
-"""What torch.distributions lacks for predictions: seeded sampling, and the cdf of every likelihood's distribution."""
+"""What torch.distributions lacks for predictions: seeded sampling, every distribution's cdf, and some of its entries."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ from torch.distributions import (
 )
 
 from bayesnn.histogram import Histogram
+
+PARAMETERS: dict[type[Distribution], tuple[str, ...]] = {
+    Normal: ("loc", "scale"),
+    StudentT: ("df", "loc", "scale"),
+    Bernoulli: ("logits",),
+    Poisson: ("rate",),
+    NegativeBinomial: ("total_count", "logits"),
+}
+"""What says all about a distribution, each of its batch shape."""
 
 
 @singledispatch
@@ -134,6 +143,31 @@ def _(distribution: NegativeBinomial, value: Tensor) -> Tensor:
     floor = value.floor()
     below = _special("betainc", distribution.total_count, floor.clamp_min(0) + 1, 1 - distribution.probs)
     return torch.where(floor < 0, torch.zeros_like(below), below)
+
+
+@singledispatch
+def outputs(distribution: Distribution, indices: list[int]) -> Distribution:
+    """The distribution of some entries of the last batch dimension.
+
+    Raises:
+        TypeError: for a distribution without a rule here.
+    """
+    for kind, names in PARAMETERS.items():
+        if isinstance(distribution, kind):
+            chosen = {
+                name: getattr(distribution, name).expand(distribution.batch_shape)[..., indices] for name in names
+            }
+            return type(distribution)(**chosen, validate_args=False)
+    raise TypeError(f"a {type(distribution).__name__} has no outputs of their own")
+
+
+@outputs.register
+def _(distribution: Histogram, indices: list[int]) -> Distribution:
+    def chosen(table: Tensor) -> Tensor:
+        return table if table.dim() == 1 else table.expand(*distribution.batch_shape, -1)[..., indices, :]
+
+    borders, logits, tail_scale = map(chosen, (distribution.borders, distribution.logits, distribution.tail_scale))
+    return Histogram(borders, logits, tail_scale, validate_args=False)
 
 
 def affine(distribution: Distribution, loc: Tensor, scale: Tensor) -> Distribution:

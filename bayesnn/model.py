@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bayesnn.checks import positive
 from bayesnn.configured import Configured, build, describe
-from bayesnn.data import Data, Scaling, as_float, check_inputs, identity, standardisation
+from bayesnn.data import Data, Scaling, as_float, check_inputs, check_variance, identity, standardisation
 from bayesnn.distributions import sample
 from bayesnn.files import read_tensors, write_tensors
 from bayesnn.functions import FunctionDraw, function_draws_of
@@ -119,6 +119,7 @@ class Model(Configured, BotorchModel):
         inputs = standardisation(X, "X") if self.scale_inputs else identity(X.shape[-1], X)
         standardised = self.likelihood.standardises
         outcomes = standardisation(Y, "Y") if standardised else identity(Y.shape[-1], X)
+        check_variance(outcomes, "Y")
         data = Data(inputs.standardise(X), outcomes.standardise(Y) if standardised else Y)
         self._fit(
             data,
@@ -234,14 +235,15 @@ class Model(Configured, BotorchModel):
 
         Raises:
             NotFittedError: before ``fit``.
+            TypeError: for some of the classes of one label alone (``subset_output``).
             TypeError, ValueError: for inputs that can't be used.
         """
         scaled = self._scaled(X)
         with torch.no_grad():
             predictive = self._predictive(scaled)
-        return (
-            predictive.affine(self._outcomes.loc, self._outcomes.scale) if self.likelihood.standardises else predictive
-        )
+        if self.likelihood.standardises:
+            predictive = predictive.affine(self._outcomes.loc, self._outcomes.scale)
+        return predictive if self._outputs is None else predictive.outputs(self._outputs)
 
     def _predictive(self, X: Tensor) -> Predictive:
         return self.likelihood.predictive(self._latent(X), self._likelihood_parameters())

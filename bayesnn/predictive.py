@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, NegativeBinomial, Normal, Poisson
 
-from bayesnn.distributions import cdf, sample
+from bayesnn.distributions import cdf, outputs, sample
 
 COUNTS = (Poisson, NegativeBinomial)
 
@@ -52,6 +52,21 @@ class Predictive:
         """The same prediction in other units, ``loc + scale * y``."""
         new_loc, new_scale = loc.to(self._loc) + scale.to(self._loc) * self._loc, scale.to(self._scale) * self._scale
         return type(self)(self.components, self.log_weights, self._function_var, new_loc, new_scale)
+
+    def outputs(self, indices: list[int]) -> Predictive:
+        """The prediction of some of the m outputs alone.
+
+        Raises:
+            TypeError: for class labels, whose classes only have probabilities together.
+        """
+        m = self.shape[-1]
+
+        def chosen(values: Tensor) -> Tensor:
+            return values.expand(*values.shape[:-1], m)[..., indices] if values.dim() else values
+
+        units = chosen(self._loc), chosen(self._scale)
+        components = outputs(self.components, indices)
+        return type(self)(components, self.log_weights, chosen(self._function_var), *units)
 
     @property
     def shape(self) -> torch.Size:

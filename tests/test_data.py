@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+import bayesnn
 from bayesnn.data import (
     BayesnnWarning,
     Data,
@@ -124,6 +125,22 @@ def test_standardisation_has_mean_0_and_variance_1_and_inverts(dtype):
 def test_standardisation_of_numbers_whose_squares_leave_float32(magnitude):
     values = torch.tensor([[1.0], [2.0], [3.0]]) * magnitude
     torch.testing.assert_close(standardisation(values, "X").standardise(values), torch.tensor([[-1.0], [0.0], [1.0]]))
+
+
+def test_standardisation_of_numbers_whose_squares_leave_float64():
+    for magnitude in (1e-310, 1e-200, 1e160, 1e307):
+        values = torch.tensor([[1.0], [2.0], [3.0]]).double() * magnitude
+        expected = torch.tensor([[-1.0], [0.0], [1.0]]).double()
+        torch.testing.assert_close(standardisation(values, "X").standardise(values), expected)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_outcomes_without_a_variance_in_their_dtype(magnitude):
+    X = torch.rand(5, 1)
+    with pytest.raises(ValueError, match=r"Y: its variance leaves torch.float32 .* choose other units, or float64"):
+        bayesnn.NNGP(optimise=False).fit(X, X * magnitude)
+    found = bayesnn.NNGP(optimise=False).fit(X.double(), X.double() * magnitude).predict(X.double())
+    assert torch.isfinite(found.variance).all() and (found.variance > 0).all()
 
 
 @given(st.floats(-1e6, 1e6), st.integers(2, 300), st.sampled_from([torch.float32, torch.float64]))

@@ -4,7 +4,7 @@ import scipy.stats
 import torch
 from torch.distributions import Bernoulli, Categorical, Gamma, NegativeBinomial, Normal, Poisson, StudentT
 
-from bayesnn.distributions import affine, cdf, sample
+from bayesnn.distributions import affine, cdf, outputs, sample
 from bayesnn.histogram import Histogram
 
 BORDERS = torch.linspace(-2, 2, 6).double()
@@ -32,6 +32,22 @@ def test_cdf_equals_scipy(name, dtype):
         found = cdf(ours, torch.full((2,), value, dtype=dtype))
         assert found.dtype == dtype
         np.testing.assert_allclose(found, theirs.cdf(value), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [*distributions(), "histogram"])
+def test_some_outputs(name):
+    ours = Histogram(BORDERS, LOGITS) if name == "histogram" else distributions()[name][0]
+    values = torch.tensor([0.0, 1.0]).double()
+    for indices in ([1], [1, 0]):
+        chosen = outputs(ours, indices)
+        assert chosen.batch_shape == (len(indices),)
+        assert torch.equal(cdf(chosen, values[indices]), cdf(ours, values)[indices])
+        assert torch.equal(chosen.log_prob(values[indices]), ours.log_prob(values)[indices])
+
+
+def test_classes_are_predicted_together():
+    with pytest.raises(TypeError, match="a Categorical has no outputs of their own"):
+        outputs(Categorical(logits=LOGITS), [0])
 
 
 def test_cdf_broadcasts():

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bayesnn.inference.members import check_network
+from bayesnn.inference.members import check_network, plain_attention
 
 Parameters = dict[str, Tensor]
 Method = Literal["jacobian", "products"]
@@ -64,20 +62,20 @@ def empirical_ntk(
         raise ValueError(f"max_bytes: found {max_bytes}, want a positive number.")
     own = _check(network, x1, x2, parameters)
     symmetric, other = x2 is None, x1 if x2 is None else x2
-    with torch.no_grad(), _plain_attention():
-        p = functional_call(network, own, (x1[:1],)).numel()
-        result = x1.new_zeros((len(x1), len(other)) if trace else (len(x1), len(other), p, p))
+    with torch.no_grad(), plain_attention:
+        p, like = functional_call(network, own, (x1[:1],)).numel(), next(iter(own.values()))
+        result = like.new_zeros((len(x1), len(other)) if trace else (len(x1), len(other), p, p))
         cost = _cost(network, own, x1[:1])
-        size = _block_size(cost, p, max_bytes // x1.element_size())
+        size = _block_size(cost, p, max_bytes // like.element_size())
         first, second = _blocks(len(x1), p, *size), _blocks(len(other), p, *size)
-        batched = _works(lambda: _jacobian(network, own, x1[:1], x1.new_ones(1, p)))
+        batched = _works(lambda: _jacobian(network, own, x1[:1], like.new_ones(1, p)))
         jacobian = _jacobian if batched else _jacobian_one_by_one
         if method is None:
             method = _cheaper(cost, len(x1), len(other), p, trace, len(second))
             unit = {name: value.unsqueeze(0) for name, value in own.items()}
             if method == "products" and not _works(lambda: _products(network, own, x1[:1], unit)):
                 method = "jacobian"
-        cotangents = torch.eye(p, dtype=x1.dtype, device=x1.device)
+        cotangents = torch.eye(p, dtype=like.dtype, device=like.device)
         left: Parameters = {}
         for index, block in enumerate(second):
             right = jacobian(network, own, other[block.rows], cotangents[block.outputs])
@@ -159,7 +157,8 @@ class LinearisedNetwork(nn.Module):
         """f(X; theta), of the network's own output shape."""
         centre = dict(self.centre.named_parameters())
         moved = {name: value - centre[name] for name, value in self.network.named_parameters()}
-        expansion: Any = jvp(lambda own: functional_call(self.centre, own, (X,)), (centre,), (moved,))
+        with plain_attention:
+            expansion: Any = jvp(lambda own: functional_call(self.centre, own, (X,)), (centre,), (moved,))
         return expansion[0] + expansion[1]
 
 
@@ -186,7 +185,7 @@ def _check(network: nn.Module, x1: Tensor, x2: Tensor | None, parameters: Parame
             raise ValueError(f"parameters: the network has no {name!r}; it has {', '.join(known)}.")
         if value.shape != known[name].shape:
             raise ValueError(f"parameters: {name!r} has shape {tuple(value.shape)}, want {tuple(known[name].shape)}.")
-        if value.dtype != x1.dtype:
+        if x1.is_floating_point() and value.dtype != x1.dtype:  # whole numbers are for the network to look up
             raise TypeError(f"x1: found {x1.dtype}, but the parameter {name!r} is {value.dtype}: convert one of them.")
     if not parameters:
         raise ValueError("parameters: none to differentiate with respect to; the network's don't require gradients.")
@@ -316,15 +315,3 @@ def _store_contraction(
     result[here.rows, there.rows, here.outputs, there.outputs] = pairs
     if mirror:
         result[there.rows, here.rows, there.outputs, here.outputs] = pairs.permute(1, 0, 3, 2)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Within it, attention takes kernels that can be differentiated for many rows at once: the fused ones can't."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)

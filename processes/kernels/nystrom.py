@@ -16,6 +16,9 @@ from linear_operator import to_dense
 from linear_operator.operators import KernelLinearOperator
 from torch import Tensor, nn
 
+from bayesnn.checks import count
+from bayesnn.data import as_float
+
 KernelFunction = Callable[[Tensor, Tensor], Any]
 Landmarks = Literal["pivoted", "leverage", "uniform"]
 
@@ -91,24 +94,25 @@ def nystrom(
         generator: for the random methods.
 
     Raises:
-        ValueError: for an unknown method, no rows or landmarks, or a random method without a generator.
+        TypeError: for a number of landmarks that is none.
+        ValueError: for an unknown method, no rows or landmarks, rows that aren't finite, or a random method without a
+            generator.
     """
     if method not in ("pivoted", "leverage", "uniform"):
         raise ValueError(f"method: found {method!r}, want 'pivoted', 'leverage' or 'uniform'.")
     if X.dim() != 2 or len(X) == 0:
         raise ValueError(f"X: found shape {tuple(X.shape)}, want (n, d) with at least one row.")
-    if num_landmarks < 1:
-        raise ValueError(f"num_landmarks: found {num_landmarks}, want at least 1.")
-    count = min(num_landmarks, len(X))
+    most = min(count("num_landmarks", num_landmarks), len(X))
+    X = as_float(X, "X")
     with torch.no_grad():
         if method == "pivoted":
             tolerance = len(X) * torch.finfo(X.dtype).eps
-            factor, order = _matrix(kernel, X).pivoted_cholesky(count, error_tol=tolerance, return_pivots=True)
+            factor, order = _matrix(kernel, X).pivoted_cholesky(most, error_tol=tolerance, return_pivots=True)
             return Nystrom(kernel, X[order[: factor.shape[-1]]])
         if generator is None:
             raise ValueError(f"generator: found None, want one for method={method!r}, which is random.")
         order = torch.randperm(len(X), generator=generator, device=generator.device).to(X.device)
-        chosen = order[:count] if method == "uniform" else _by_leverage(kernel, X, order, count, generator)
+        chosen = order[:most] if method == "uniform" else _by_leverage(kernel, X, order, most, generator)
         return Nystrom(kernel, X[chosen])
 
 

@@ -285,6 +285,9 @@ def test_some_outputs(name):
         for posterior in (part, subset.posterior(X)):
             close(posterior.mean, whole.mean[..., indices])
             close(posterior.variance, whole.variance[..., indices], rtol=1e-6)
+        predicted, everything = subset.predict(X), model.predict(X)
+        for moment in ("mean", "variance", "epistemic"):
+            close(getattr(predicted, moment), getattr(everything, moment)[..., indices], rtol=1e-6)
     assert model.num_outputs == 2
     close(model.subset_output([1, 0]).subset_output([0]).posterior(X).mean, whole.mean[..., [1]])
     for wrong in ([2], [-1]):

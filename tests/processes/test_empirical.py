@@ -208,6 +208,21 @@ def test_linearised_network() -> None:
     }
 
 
+def test_linearised_attention() -> None:
+    """Fused kernels have no rule for tangents."""
+    linearised = LinearisedNetwork(initialised(Tokens()))
+    with torch.no_grad():
+        linearised.network.scale += 1
+    before = linearised.centre(rows(5, 12))  # the outputs are linear in the scale
+    assert torch.allclose(linearised(rows(5, 12)), before * (1 + 1 / linearised.centre.scale))
+
+
+def test_rows_of_words() -> None:
+    network = initialised(nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 2)))
+    words = torch.randint(7, (5, 3), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(empirical_ntk(network, words, trace=False), naive_ntk(network, words, words))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -149,10 +149,13 @@ def test_bad_input() -> None:
         ((gaussian, X, 3, "random"), "method: found 'random'"),
         ((gaussian, X[0], 3), r"X: found shape \(2,\)"),
         ((gaussian, X[:0], 3), "at least one row"),
-        ((gaussian, X, 0), "num_landmarks: found 0"),
+        ((gaussian, X, 0), "num_landmarks must be at least 1, found 0"),
+        ((gaussian, X / 0, 3), "X must be finite"),
         ((gaussian, X, 3, "uniform"), "generator: found None"),
     ):
         with pytest.raises(ValueError, match=message):
             nystrom(*arguments)
+    with pytest.raises(TypeError, match="num_landmarks must be an integer"):
+        nystrom(gaussian, X, 2.5)
     with pytest.raises(ValueError, match="landmarks: found shape"):
         Nystrom(gaussian, X[:0])
