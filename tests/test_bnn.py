@@ -393,6 +393,7 @@ def test_stopping_rules():
     assert 20 <= num_draws < 5000
     places = model.posterior(X[torch.linspace(0, 29, 8).long()]).values.squeeze(-1)  # (S, 8)
     assert float(effective_sample_size(model.weights.by_chain(places)).min()) >= 60
+    method = HMC(num_chains=4, num_warmup=5, num_draws=100_000, num_leapfrog=8)
     for stochastic in ("all", "last"):
         short = BNN(networks.mlp(1, 1, hidden=(8,)), method=method, stochastic=stochastic).fit(X, y, time_budget=2.0)
         assert 0 < len(short.weights) < 4 * 100_000
