@@ -27,8 +27,8 @@ from bayesnn.model import Model
 from bayesnn.posteriors import Gaussian as GaussianPosterior
 from bayesnn.predictive import Predictive
 from bayesnn.processes.dual_activations import DualActivation
-from bayesnn.processes.kernels import FourierKernel, KernelFactory, MLPKernel
-from bayesnn.processes.kernels.factories import checked_factory, made
+from bayesnn.processes.kernels import KernelFactory, MLPKernel
+from bayesnn.processes.kernels.factories import checked_factory, for_searches, made
 from bayesnn.processes.maximum import minimise
 from bayesnn.processes.memory import check_memory
 from bayesnn.registry import register
@@ -170,9 +170,4 @@ def _exact() -> Iterator[None]:
         yield
 
 
-def _surrogate(**options: Any) -> NNGP:
-    plain = options.keys() & {"depth", "activation", "kernel"}
-    return NNGP(**options) if plain else NNGP(kernel=FourierKernel(), **options)
-
-
-register("nngp", _surrogate)
+register("nngp", for_searches(NNGP))

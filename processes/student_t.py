@@ -16,8 +16,8 @@ from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
-from bayesnn.processes.kernels import FourierKernel, KernelFactory, MLPKernel
-from bayesnn.processes.kernels.factories import checked_factory, made
+from bayesnn.processes.kernels import KernelFactory, MLPKernel
+from bayesnn.processes.kernels.factories import checked_factory, for_searches, made
 from bayesnn.processes.maximum import minimise
 from bayesnn.processes.memory import check_memory
 from bayesnn.processes.shared_scale import (
@@ -211,9 +211,4 @@ def _of_dtype(posterior: StudentT, dtype: torch.dtype) -> StudentT:
     return StudentT(posterior.loc.to(dtype), posterior.scale.to(dtype), posterior.df)
 
 
-def _surrogate(**options: Any) -> StudentTProcess:
-    plain = options.keys() & {"depth", "activation", "kernel"}
-    return StudentTProcess(**options) if plain else StudentTProcess(kernel=FourierKernel(), **options)
-
-
-register("student-t", _surrogate)
+register("student-t", for_searches(StudentTProcess))

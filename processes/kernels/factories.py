@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
@@ -125,3 +126,13 @@ class FourierKernel(Configured):
         for parameter in (kernel.raw_weight_var, kernel.raw_bias_var):
             parameter.requires_grad_(False)
         return kernel
+
+
+def for_searches(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes the model as a surrogate: with a ``FourierKernel()``, unless a kernel, depth or activation is asked for."""
+
+    def make(**options: Any) -> Any:
+        asked = options.keys() & {"depth", "activation", "kernel"}
+        return model(**options) if asked else model(kernel=FourierKernel(), **options)
+
+    return make
