@@ -38,6 +38,10 @@ from bayesnn.inference.sgmcmc.preconditioners import RMS, Metric
 from bayesnn.inference.sgmcmc.schedules import Constant, Schedule
 from bayesnn.inference.target import Target
 
+HOT = (
+    100.0  # a mean kinetic temperature that noise in the gradients hardly explains: of networks that fit, up to some 10
+)
+
 
 class SGMCMCState(NamedTuple):
     """The chains' variables, each with C rows; which of them go on, (C,); minibatch steps taken; and what else it takes."""
@@ -267,16 +271,33 @@ class SGMCMC(Configured, ABC):
     def result(
         self, target: Target, state: SGMCMCState, draws: dict[str, Tensor], infos: dict[str, Tensor]
     ) -> WeightPosterior:
-        """The draws of all chains that weren't lost, one after the other, weighted by step sizes if the schedule says so."""
+        """The draws of all chains that weren't lost, one after the other, weighted by step sizes if the schedule says so.
+
+        A chain that runs away without an overflow keeps its draws, with a warning: its momenta tell, of mean square 1 by law.
+        """
         num_chains = int(state.alive.sum())
         position = draws["position"][:, state.alive].transpose(0, 1).flatten(0, 1)
         statistics = {name: values[:, state.alive] for name, values in infos.items()}
+        if "kinetic_temperature" in statistics:
+            self._warn_of_heat(state.alive.nonzero().flatten(), statistics["kinetic_temperature"].double().mean(0))
         log_weights = None
         if self.schedule.weighs_draws:
             kept = [index for index in range(self.num_steps) if self._keeps(index)][: len(draws["position"])]
             sizes = position.new_tensor([self.schedule((index + 1) * self.thinning - 1) for index in kept])
             log_weights = sizes.log().repeat(num_chains)
         return WeightPosterior(unravel(position, target.shapes()), num_chains, log_weights, statistics)
+
+    def _warn_of_heat(self, chains: Tensor, temperature: Tensor) -> None:
+        hot = temperature > HOT
+        if bool(hot.any()):
+            pairs = zip(chains[hot].tolist(), temperature[hot].tolist(), strict=True)
+            found = ", ".join(f"{value:.3g} in chain {chain}" for chain, value in pairs)
+            warnings.warn(
+                f"{type(self).__name__}: the mean kinetic temperature after burn-in should be near 1 and is {found}, of which "
+                "the draws say little of the posterior. Use a smaller step_size, larger batches or more friction",
+                BayesnnWarning,
+                stacklevel=3,
+            )
 
 
 def _where(alive: Tensor, values: Tensor, others: Tensor) -> Tensor:

@@ -97,6 +97,20 @@ def test_a_preconditioner_s_other_chains_go_on():
     assert posterior.num_chains == 2 and bool(torch.isfinite(posterior.parameters["position"]).all())
 
 
+@pytest.mark.parametrize("sampler", [SGHMC, BAOAB])
+def test_a_chain_that_runs_away_within_the_finite_numbers_is_named(sampler):
+    def log_density(x):  # beyond 30 it rises
+        return torch.where(x.abs() > 30, 1000 * x.abs(), -0.5 * x.square()).sum(-1)
+
+    away = target(log_density, torch.tensor([[1.0], [45.0], [2.0]]).double())
+    method = sampler(3, step_size=0.1, friction=2.0, **SHORT)
+    with pytest.warns(BayesnnWarning, match=r"mean kinetic temperature .* near 1 and is [0-9.e+]+ in chain 1, of"):
+        assert run(method, away).num_chains == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(method, target(log_density, torch.tensor([[1.0], [3.0], [2.0]]).double()))
+
+
 @pytest.mark.parametrize(("starts", "left"), [([1e4], 0), ([1e4, 0.0, 1e4], 1)])
 def test_a_run_that_lost_more_than_half_of_its_chains_ends_and_leaves_its_checkpoint(starts, left, tmp_path):
     sampler = SGLD(len(starts), step_size=0.05, **SHORT)
