@@ -59,8 +59,8 @@ class MixturePrior(nn.Module):
         if scale is None:
             self.log_ratio = nn.Parameter(torch.zeros(num_outputs, dtype=torch.float64))
         if noise_var is None:
-            # From the prior's mode, as BoTorch. It matters: on UCI's energy, searches from e and 1/e times that ended at maxima
-            # 40 nats lower.
+            # From the prior's mode, as BoTorch. It matters: on UCI's energy, searches from e and 1/e times that end at a
+            # maximum 40 nats lower.
             self.log_noise_var = nn.Parameter(torch.full((num_outputs,), -5.0, dtype=torch.float64))
         self.kernel.double()
 
