@@ -158,7 +158,9 @@ def outputs(distribution: Distribution, indices: list[int]) -> Distribution:
                 name: getattr(distribution, name).expand(distribution.batch_shape)[..., indices] for name in names
             }
             return type(distribution)(**chosen, validate_args=False)
-    raise TypeError(f"a {type(distribution).__name__} has no outputs of their own")
+    raise TypeError(
+        f"a {type(distribution).__name__} has no outputs of their own: predict with the whole model, without subset_output"
+    )
 
 
 @outputs.register

@@ -36,6 +36,10 @@ from bayesnn.registry import register
 MIN_NOISE_VAR = 1e-12  # of fixed noise, in units of the outcomes' variance: a matrix without any can't be factored
 MIN_LEARNED_NOISE_VAR = 1e-4  # BoTorch's
 ROWS = 1024  # that are predicted at once: a prediction needs no covariances between rows
+LOGARITHMS = {  # what GPyTorch calls them, and what they are called in files
+    "covar_module.raw_outputscale": "covar_module.log_outputscale",
+    "likelihood.noise_covar.raw_noise": "likelihood.noise_covar.log_noise",
+}
 MATRICES = 7  # of n x n for each output that a fit holds at its peak, as many as a Student-t process
 
 
@@ -137,7 +141,11 @@ class NNGP(Model):
         scaled, standardised = (values.double() for values in self._observed(X, Y))
         conditioned = self._copy()
         conditioned._conditioned = True
-        noise = (2 * self._fixed["log_noise_std"]).exp().expand_as(standardised) if self._fixed else None
+        noise = (
+            (2 * self._fixed["log_noise_std"]).exp().expand(*scaled.shape[:-1], standardised.shape[-1])
+            if self._fixed
+            else None
+        )
         with _exact(), min_fixed_noise(double_value=MIN_NOISE_VAR), warnings.catch_warnings():
             # Fantasies at the same inputs: sharing these is what saves time.
             warnings.simplefilter("ignore", BotorchTensorDimensionWarning)
@@ -146,13 +154,16 @@ class NNGP(Model):
         return conditioned
 
     def _state(self) -> dict[str, Tensor]:
-        return dict(self._gp.state_dict())
+        return {LOGARITHMS.get(name, name): value for name, value in self._gp.state_dict().items()}
 
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
         assert self._data is not None
         self._fixed = self.likelihood.fixed_parameters(self._outcomes.scale.double())
         gp = self._build(self._data, self._fixed)
-        gp.load_state_dict(tensors)
+        if tensors.keys() & LOGARITHMS.keys():
+            raise ValueError("the file holds variances as an earlier version had them: fit the model again")
+        raw = {name: key for key, name in LOGARITHMS.items()}
+        gp.load_state_dict({raw.get(name, name): value for name, value in tensors.items()})
         self._gp = gp.eval().requires_grad_(False)
 
 

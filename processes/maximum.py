@@ -46,7 +46,7 @@ def minimise(
             gradients = torch.autograd.grad(value, list(parameters.values()))
             if all(bool(torch.isfinite(found).all()) for found in (value, *gradients)):
                 return value, gradients
-        except (NotPSDError, NanError):
+        except (NotPSDError, NanError, ValueError):  # the last of priors, where a variance underflows
             pass
         return before + FAR, [torch.zeros_like(value) for value in parameters.values()]
 

@@ -27,7 +27,6 @@ from bayesnn.inference.lbfgs import LBFGSState, Objective, lbfgs_init, lbfgs_ste
 from bayesnn.inference.run import run
 from bayesnn.likelihoods import Gaussian
 from bayesnn.processes.kernels import KernelFactory
-from bayesnn.processes.kernels.factories import for_searches
 from bayesnn.processes.sparse_posterior import InducingValues, SparseProcess
 from bayesnn.processes.sparse_prior import Inducing, Parameters, SparsePrior
 from bayesnn.registry import register
@@ -251,8 +250,6 @@ class SparseNNGP(SparseProcess):
     log-normal priors; few inducing points bias the noise upwards. Outputs are independent, with hyperparameters of their own,
     and share the inducing points.
 
-    As the surrogate "sparse-nngp" its kernel is ``FourierKernel()``, for the reason that :class:`NNGP` gives.
-
     Further observations are taken in by exact conditioning of the approximate posterior. Time is O(n M^2), memory
     O(n + M^2). Computed in float64 whatever the data's dtype.
 
@@ -297,4 +294,4 @@ class SparseNNGP(SparseProcess):
         self._take(prior, fit.parameters, fit.values, {"log_noise_std": noise})
 
 
-register("sparse-nngp", for_searches(SparseNNGP))
+register("sparse-nngp", SparseNNGP)

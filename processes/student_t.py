@@ -82,6 +82,8 @@ class StudentTProcess(Model):
 
     Time is O(n^3), memory O(n^2). Computed in float64 whatever the data's dtype.
 
+    As the surrogate "student-t" its kernel is ``FourierKernel()``, for the reason that :class:`NNGP` gives.
+
     Args:
         depth: hidden layers, at least 1.
         activation: of the network.

@@ -24,6 +24,17 @@ class Gaussian(GPyTorchPosterior):
         return cls(MultitaskMultivariateNormal(mean, blocks, interleaved=False))
 
     @property
+    def variance(self) -> Tensor:
+        """(*batch, q, m), as small as it is: GPyTorch would raise it to 1e-10 (1e-6 in single precision) in any units."""
+        diagonal = self.distribution.lazy_covariance_matrix.diagonal(dim1=-1, dim2=-2).clamp_min(0)
+        if not isinstance(self.distribution, MultitaskMultivariateNormal):
+            return diagonal.unsqueeze(-1)
+        q, m = self.distribution.event_shape
+        if self.distribution._interleaved:
+            return diagonal.unflatten(-1, (q, m))
+        return diagonal.unflatten(-1, (m, q)).mT
+
+    @property
     def output_covariance(self) -> Any:
         """The covariance over points of each output, (*batch, m, q, q), lazy."""
         return output_covariance(self.distribution)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bayesnn.inference.members import check_network, plain_attention
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # inputs for a network to look up
 Parameters = dict[str, Tensor]
 Method = Literal["jacobian", "products"]
 
@@ -40,7 +42,7 @@ def empirical_ntk(
     Args:
         network: from (n, *features) to (n,) or (n, *outputs), a function of each row by itself, in its present mode and with
             its present buffers.
-        x1: (n, *features).
+        x1: (n, *features), of the parameters' dtype, or whole numbers that the network looks up.
         x2: (m, *features); the same as ``x1`` by default.
         parameters: values of the parameters that the kernel is of, by name: some or all of the network's. Those left out keep
             their values and don't count. Default: the network's own that require gradients.
@@ -54,7 +56,7 @@ def empirical_ntk(
     Raises:
         ValueError: for an unknown method or parameter, wrong shapes, no parameters, or a network that draws random numbers or
             uses batch statistics in its present mode.
-        TypeError: if inputs and parameters have different dtypes.
+        TypeError: if inputs and parameters have different dtypes, and for whole numbers that the network can't take.
     """
     if method not in (None, "jacobian", "products"):
         raise ValueError(f"method: found {method!r}, want 'jacobian', 'products' or None.")
@@ -63,7 +65,7 @@ def empirical_ntk(
     own = _check(network, x1, x2, parameters)
     symmetric, other = x2 is None, x1 if x2 is None else x2
     with torch.no_grad(), plain_attention:
-        p, like = functional_call(network, own, (x1[:1],)).numel(), next(iter(own.values()))
+        p, like = _num_outputs(network, own, x1), next(iter(own.values()))
         result = like.new_zeros((len(x1), len(other)) if trace else (len(x1), len(other), p, p))
         cost = _cost(network, own, x1[:1])
         size = _block_size(cost, p, max_bytes // like.element_size())
@@ -157,7 +159,7 @@ class LinearisedNetwork(nn.Module):
         """f(X; theta), of the network's own output shape."""
         centre = dict(self.centre.named_parameters())
         moved = {name: value - centre[name] for name, value in self.network.named_parameters()}
-        with plain_attention:
+        with nullcontext() if torch.compiler.is_compiling() else plain_attention:
             expansion: Any = jvp(lambda own: functional_call(self.centre, own, (X,)), (centre,), (moved,))
         return expansion[0] + expansion[1]
 
@@ -185,7 +187,7 @@ def _check(network: nn.Module, x1: Tensor, x2: Tensor | None, parameters: Parame
             raise ValueError(f"parameters: the network has no {name!r}; it has {', '.join(known)}.")
         if value.shape != known[name].shape:
             raise ValueError(f"parameters: {name!r} has shape {tuple(value.shape)}, want {tuple(known[name].shape)}.")
-        if x1.is_floating_point() and value.dtype != x1.dtype:  # whole numbers are for the network to look up
+        if x1.dtype not in INTEGERS and value.dtype != x1.dtype:
             raise TypeError(f"x1: found {x1.dtype}, but the parameter {name!r} is {value.dtype}: convert one of them.")
     if not parameters:
         raise ValueError("parameters: none to differentiate with respect to; the network's don't require gradients.")
@@ -196,6 +198,15 @@ def _check(network: nn.Module, x1: Tensor, x2: Tensor | None, parameters: Parame
     if x2 is not None and x2.dtype != x1.dtype:
         raise TypeError(f"x2: found {x2.dtype}, want that of x1, {x1.dtype}.")
     return {name: value.detach() for name, value in parameters.items()}
+
+
+def _num_outputs(network: nn.Module, own: Parameters, x1: Tensor) -> int:
+    try:
+        return functional_call(network, own, (x1[:1],)).numel()
+    except RuntimeError as error:
+        if x1.dtype in INTEGERS:
+            raise TypeError(f"x1: found {x1.dtype}, which the network can't take: {error}") from error
+        raise
 
 
 def _cost(network: nn.Module, own: Parameters, row: Tensor) -> _Cost:

@@ -100,10 +100,10 @@ def nystrom(
     """
     if method not in ("pivoted", "leverage", "uniform"):
         raise ValueError(f"method: found {method!r}, want 'pivoted', 'leverage' or 'uniform'.")
+    X = as_float(X, "X")
     if X.dim() != 2 or len(X) == 0:
         raise ValueError(f"X: found shape {tuple(X.shape)}, want (n, d) with at least one row.")
     most = min(count("num_landmarks", num_landmarks), len(X))
-    X = as_float(X, "X")
     with torch.no_grad():
         if method == "pivoted":
             tolerance = len(X) * torch.finfo(X.dtype).eps

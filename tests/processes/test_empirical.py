@@ -217,6 +217,12 @@ def test_linearised_attention() -> None:
     assert torch.allclose(linearised(rows(5, 12)), before * (1 + 1 / linearised.centre.scale))
 
 
+def test_linearised_networks_compile() -> None:
+    linearised = LinearisedNetwork(initialised(mlp()))
+    compiled = torch.compile(linearised, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(rows(5, 4)), linearised(rows(5, 4)))
+
+
 def test_rows_of_words() -> None:
     network = initialised(nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 2)))
     words = torch.randint(7, (5, 3), generator=torch.Generator().manual_seed(0))
@@ -231,6 +237,8 @@ def test_rows_of_words() -> None:
         ({"x2": rows(3, 5)}, ValueError, r"x2: found shape \(3, 5\)"),
         ({"x2": rows(3, 4).float()}, TypeError, "x2: found torch.float32"),
         ({"x1": rows(3, 4).float()}, TypeError, "x1: found torch.float32"),
+        ({"x1": rows(3, 4).long()}, TypeError, "x1: found torch.int64, which the network can't take"),
+        ({"x1": rows(3, 4) > 0}, TypeError, "x1: found torch.bool, but the parameter"),
         ({"x1": rows(0, 4)}, ValueError, "at least one row"),
         ({"parameters": {"bias": torch.zeros(1)}}, ValueError, "the network has no 'bias'"),
         ({"parameters": {"0.bias": torch.zeros(1).double()}}, ValueError, r"'0.bias' has shape \(1,\)"),

@@ -154,14 +154,47 @@ def test_small_noise_is_found_in_few_steps(monkeypatch):
     assert len(calls) < 90
 
 
-def test_what_finds_nothing_better_is_left_with_a_warning():
+@pytest.mark.parametrize("m", [1, 2])
+def test_variances_in_small_units(m):
+    """GPyTorch's own are never below 1e-10, in any units."""
+    X, _ = rows("noise alone", torch.float64)
+    model = NNGP(optimise=False).fit(X, 1e-5 * X[:, :m])
+    found = model.posterior(X[:4] + 0.1)
+    assert torch.allclose(found.variance, model.predict(X[:4] + 0.1).epistemic, rtol=1e-9, atol=0)
+    assert torch.allclose(found.variance, found.distribution.covariance_matrix.diagonal().reshape(m, 4).mT, atol=0)
+    assert found.variance.max() < 1e-11
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_fantasies_under_fixed_noise(m):
+    X, Y = rows("noise alone", torch.float64)
+    model = NNGP(likelihood=likelihoods.Gaussian(noise_std=0.3), optimise=False).fit(X, torch.cat([Y, X], 1)[:, :m])
+    imagined = torch.randn(4, 3, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fantasies = model.condition_on_observations(X[:3] + 0.1, imagined).posterior(X[5:8])
+    for index in range(4):
+        single = model.condition_on_observations(X[:3] + 0.1, imagined[index]).posterior(X[5:8])
+        assert torch.allclose(fantasies.mean[index], single.mean, atol=1e-9)
+        assert torch.allclose(fantasies.variance[index], single.variance, atol=1e-9)
+
+
+def test_files_of_an_earlier_version_are_refused():
+    X, Y = rows("noise alone", torch.float64)
+    model = NNGP(optimise=False).fit(X, Y)
+    state = model._state()
+    old = {"covar_module.raw_outputscale": state.pop("covar_module.log_outputscale")} | state
+    with pytest.raises(ValueError, match="as an earlier version had them: fit the model again"):
+        model._set_state(old)
+
+
+@pytest.mark.parametrize("failure", [NotPSDError, ValueError], ids=["no factor", "outside a prior's support"])
+def test_what_finds_nothing_better_is_left_with_a_warning(failure):
     parameter = torch.zeros(1, requires_grad=True, dtype=torch.float64)
     calls = []
 
     def loss():
         calls.append(1)
         if len(calls) > 1:
-            raise NotPSDError
+            raise failure
         return parameter.sum()
 
     with pytest.warns(BayesnnWarning, match="some model: log p\\(y\\) couldn't be maximised"):
