@@ -14,6 +14,14 @@ from bayesnn.bnn import BNN
 from bayesnn.inference import HMC, run
 
 
+@pytest.fixture(autouse=True)
+def python_s_own_handler():
+    """Jobs that a script starts in the background inherit that interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_an_interrupt_lets_the_step_finish_and_writes_the_checkpoint(name, tmp_path):
     def interrupt(index, state, info):
