@@ -38,9 +38,7 @@ from bayesnn.inference.sgmcmc.preconditioners import RMS, Metric
 from bayesnn.inference.sgmcmc.schedules import Constant, Schedule
 from bayesnn.inference.target import Target
 
-HOT = (
-    100.0  # a mean kinetic temperature that noise in the gradients hardly explains: of networks that fit, up to some 10
-)
+HOT = 100.0  # a mean kinetic temperature taken for a runaway (our choice): in one fit seven chains had 3 to 7, one had 9e5
 
 
 class SGMCMCState(NamedTuple):
