@@ -14,6 +14,7 @@ from bayesnn.checks import count
 from bayesnn.likelihoods import Gaussian
 from bayesnn.posteriors import ScaleMixture
 from bayesnn.predictive import Predictive
+from bayesnn.processes.evidence import Quadratic
 from bayesnn.processes.kernels import KernelFactory
 from bayesnn.processes.scale_mixtures import HalfCauchy, MixingLaw, WeightedVariances, importance_sample
 from bayesnn.processes.shared_scale import Conditioned, MixturePrior, gaussian, gaussian_marginals
@@ -45,7 +46,7 @@ class ScaleMixtureProcess(StudentTProcess):
     several outputs a prediction pairs equally weighted draws of their scales at random.
 
     Args:
-        depth, activation, likelihood, optimise, kernel: as for :class:`StudentTProcess`.
+        depth, activation, likelihood, optimise, kernel, restart: as for :class:`StudentTProcess`.
         mixing: H, of the variance in units of r; the half-Cauchy standard deviation by default.
         num_draws: S.
 
@@ -63,20 +64,21 @@ class ScaleMixtureProcess(StudentTProcess):
         kernel: KernelFactory | None = None,
         mixing: MixingLaw | None = None,
         num_draws: int = 512,
+        restart: bool = True,
     ) -> None:
         # The shape counts for nothing here but has to be there.
-        super().__init__(depth, activation, likelihood, optimise, kernel, shape=1.0)
+        super().__init__(depth, activation, likelihood, optimise, kernel, shape=1.0, restart=restart)
         if mixing is not None and not isinstance(mixing, MixingLaw):
             raise TypeError(f"mixing must be a mixing law, HalfCauchy() say, found {mixing!r}")
         self.mixing = HalfCauchy() if mixing is None else mixing
         self.num_draws = count("num_draws", num_draws)
 
-    def _weighted(self, known: Conditioned) -> WeightedVariances:
+    def _weighted(self, known: Conditioned | Quadratic) -> WeightedVariances:
         generator = torch.Generator().manual_seed(0)
         distance, log_det = torch.broadcast_tensors(known.squared_distance, known.log_det)
         return importance_sample(self.mixing, distance, log_det, known.size, self.num_draws, generator)
 
-    def _log_evidence(self, prior: MixturePrior, known: Conditioned) -> Tensor:
+    def _log_evidence(self, prior: MixturePrior, known: Conditioned | Quadratic) -> Tensor:
         return self._weighted(known).log_evidence
 
     @property

@@ -16,14 +16,16 @@ from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
+from bayesnn.processes.evidence import Quadratic
 from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.kernels.factories import checked_factory, for_searches, made
-from bayesnn.processes.maximum import minimise
+from bayesnn.processes.maximum import LARGE_LOG_NOISE_VAR, minimise
 from bayesnn.processes.memory import check_memory
 from bayesnn.processes.shared_scale import (
     Conditioned,
     MixturePrior,
     condition,
+    fit_of,
     inflation,
     log_evidence,
     no_observations,
@@ -33,7 +35,6 @@ from bayesnn.processes.shared_scale import (
 from bayesnn.registry import register
 
 MATRICES = 7  # of n x n for each output that a fit holds at its peak, measured
-FARTHEST = 8.0  # that an unconstrained hyperparameter, mostly a logarithm, may move from its default
 
 
 class StudentTPredictive(Predictive):
@@ -93,6 +94,7 @@ class StudentTProcess(Model):
             (which then has no depth and activation); inputs are standardised.
         shape: a; None: learned.
         scale: b, in units of the standardised outcomes' variance; None: learned.
+        restart: search for the hyperparameters twice and keep the better, as :class:`NNGP` does.
 
     Raises:
         ValueError: for an unknown activation, a depth below 1, an a or b that isn't positive.
@@ -109,6 +111,7 @@ class StudentTProcess(Model):
         kernel: KernelFactory | None = None,
         shape: float | None = None,
         scale: float | None = None,
+        restart: bool = True,
     ) -> None:
         super().__init__(likelihood)
         if not isinstance(self.likelihood, Gaussian):
@@ -120,7 +123,7 @@ class StudentTProcess(Model):
         if kernel is not None:
             checked_factory(kernel)
         self.depth, self.activation, self.kernel = depth, activation, kernel
-        self.optimise = flag("optimise", optimise)
+        self.optimise, self.restart = flag("optimise", optimise), flag("restart", restart)
         self.shape, self.scale = shape, scale
         self._prior: MixturePrior
         self._known: Conditioned
@@ -141,16 +144,16 @@ class StudentTProcess(Model):
         self._take(prior, data)
 
     def _maximise(self, prior: MixturePrior, data: Data, time_budget: float | None) -> None:
-        parameters: dict[str, Tensor] = {name: own for name, own in prior.named_parameters() if own.requires_grad}
+        X, Y = data.X.double(), data.Y.double()
 
         def loss() -> Tensor:
-            return -(self._log_evidence(prior, _seen(prior, data)).sum() + prior.log_prior()) / len(data)
+            return -(self._log_evidence(prior, fit_of(prior, X, Y)) + prior.log_prior()) / len(data)
 
-        start = {name: value.detach().clone() for name, value in parameters.items()}
-        limits = {name: ((v - FARTHEST).flatten(), (v + FARTHEST).flatten()) for name, v in start.items()}
-        minimise(type(self).__name__, loss, parameters, limits, time_budget)
+        restart = self.restart and hasattr(prior, "log_noise_var")
+        noisy = [{"log_noise_var": LARGE_LOG_NOISE_VAR}] if restart else []
+        minimise(type(self).__name__, loss, prior, time_budget, noisy)
 
-    def _log_evidence(self, prior: MixturePrior, known: Conditioned) -> Tensor:
+    def _log_evidence(self, prior: MixturePrior, known: Conditioned | Quadratic) -> Tensor:
         return log_evidence(prior, known)
 
     def _take(self, prior: MixturePrior, data: Data) -> None:

@@ -130,10 +130,14 @@ class FourierKernel(Configured):
 
 
 def for_searches(model: Callable[..., Any]) -> Callable[..., Any]:
-    """What makes the model as a surrogate: with a ``FourierKernel()``, unless a kernel, depth or activation is asked for."""
+    """What makes the model as a surrogate: with a ``FourierKernel()`` and one search for the hyperparameters.
+
+    Unless a kernel, depth, activation or restart is asked for.
+    """
 
     def make(**options: Any) -> Any:
         asked = options.keys() & {"depth", "activation", "kernel"}
-        return model(**options) if asked else model(kernel=FourierKernel(), **options)
+        defaults: dict[str, Any] = {"restart": False} | ({} if asked else {"kernel": FourierKernel()})
+        return model(**defaults | options)
 
     return make
