@@ -244,9 +244,10 @@ def _postfix(info: dict[str, Tensor], watched: _Watched | None) -> dict[str, str
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Let the step under way finish when Ctrl-C comes, so that the checkpoint is one from between two steps.
 
-    A second Ctrl-C doesn't wait.
+    A second Ctrl-C doesn't wait. Where interrupts are ignored, as in what nohup starts, they stay so.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     received: list[int] = []

@@ -155,3 +155,14 @@ def test_an_interrupt_without_a_checkpoint(index):
         KeyboardInterrupt, match=r"after step 6 of 10; without a checkpoint, so that its 3 draws are lost"
     ):
         run(Count(), None, callbacks=[interrupt])
+
+
+def test_where_interrupts_are_ignored_they_stay_so():
+    def interrupt(index, state, info):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert run(Count(), None, callbacks=[interrupt])[1]["total"].numel() > 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
