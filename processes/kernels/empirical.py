@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bayesnn.inference.members import check_network, plain_attention
@@ -159,7 +159,7 @@ class LinearisedNetwork(nn.Module):
         """f(X; theta), of the network's own output shape."""
         centre = dict(self.centre.named_parameters())
         moved = {name: value - centre[name] for name, value in self.network.named_parameters()}
-        with nullcontext() if torch.compiler.is_compiling() else plain_attention:
+        with sdpa_kernel(SDPBackend.MATH) if torch.compiler.is_compiling() else plain_attention:
             expansion: Any = jvp(lambda own: functional_call(self.centre, own, (X,)), (centre,), (moved,))
         return expansion[0] + expansion[1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -217,10 +219,11 @@ def test_linearised_attention() -> None:
     assert torch.allclose(linearised(rows(5, 12)), before * (1 + 1 / linearised.centre.scale))
 
 
-def test_linearised_networks_compile() -> None:
-    linearised = LinearisedNetwork(initialised(mlp()))
+@pytest.mark.parametrize(("network", "width"), [(mlp, 4), (Tokens, 12)])
+def test_linearised_networks_compile(network: Callable[[], nn.Module], width: int) -> None:
+    linearised = LinearisedNetwork(initialised(network()))
     compiled = torch.compile(linearised, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(rows(5, 4)), linearised(rows(5, 4)))
+    torch.testing.assert_close(compiled(rows(5, width)), linearised(rows(5, width)))
 
 
 def test_rows_of_words() -> None:
