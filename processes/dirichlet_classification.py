@@ -212,9 +212,7 @@ class DirichletNNGP(Model):
 
     def _take(self, target: DirichletTarget, parameters: Parameters) -> None:
         with torch.no_grad():
-            for name, own in target.prior.named_parameters():
-                own.copy_(parameters[name])
-            self._prior, self._X = target.prior.eval().requires_grad_(False), target.X
+            self._prior, self._X = target.prior.take(parameters), target.X
             covariance = self._prior.covariance(target.X).squeeze(-3)
             roots = [psd_safe_cholesky(covariance + noise.diag()) for noise in target.noise_var.mT]
             residuals = (target.Y - self._prior.mean).mT.unsqueeze(-1)

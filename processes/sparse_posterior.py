@@ -84,9 +84,7 @@ class SparseProcess(Model):
 
     def _take(self, prior: SparsePrior, parameters: Parameters, values: InducingValues, noise: Parameters) -> None:
         with torch.no_grad():
-            for name, own in prior.named_parameters():
-                own.copy_(parameters[name])
-            self._prior, self._values, self._noise = prior.eval().requires_grad_(False), values, noise
+            self._prior, self._values, self._noise = prior.take(parameters), values, noise
             self._inducing = prior.inducing(values.points)
         self._further = None
 

@@ -8,7 +8,7 @@ The inducing values :math:`u_l = f_l(Z) - c_l` are whitened, :math:`u_l = R_l v_
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from gpytorch.kernels import Kernel, ScaleKernel
@@ -17,6 +17,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bayesnn.processes.evidence import log_prior
 from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.kernels.factories import made
 from bayesnn.processes.kernels.nystrom import nystrom
@@ -56,6 +57,7 @@ class SparsePrior(nn.Module):
         self.kernel = kernel
         self.mean = nn.Parameter(torch.zeros(num_latents))
         self.double()
+        self._learned = {name for name, value in self.named_parameters() if value.requires_grad}
 
     def forward(self, function: str, *arguments: Any) -> Any:
         """One of the methods, for ``functional_call``."""
@@ -67,15 +69,20 @@ class SparsePrior(nn.Module):
         return functional_call(self, {n: v for n, v in parameters.items() if n in own}, (function, *arguments))
 
     def start(self) -> Parameters:
-        """Its parameters as they are."""
-        return {name: value.detach().clone() for name, value in self.named_parameters()}
+        """Those of its parameters that are to be learned, as they are."""
+        return {name: value.detach().clone() for name, value in self.named_parameters() if name in self._learned}
+
+    def take(self, parameters: Parameters) -> Self:
+        """Have these, and learn no more."""
+        with torch.no_grad():
+            for name, own in self.named_parameters():
+                if name in parameters:
+                    own.copy_(parameters[name])
+        return self.eval().requires_grad_(False)
 
     def log_prior(self) -> Tensor:
         """Of the kernel's hyperparameters that have one; the mean's is flat."""
-        total = self.mean.new_zeros(())
-        for _, module, prior, closure, _ in self.kernel.named_priors():
-            total = total + prior.log_prob(closure(module)).sum()
-        return total
+        return log_prior(self.kernel, 1).sum()
 
     def covariance(self, first: Tensor, second: Tensor | None = None) -> Tensor:
         """Of (*batch, n, d) and (*batch, k, d): (*batch, L or 1, n, k)."""

@@ -38,6 +38,7 @@ from bayesnn.likelihoods import Likelihood
 from bayesnn.model import Model
 from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
+from bayesnn.processes.evidence import log_prior
 from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.scale_mixtures import InverseGamma
 from bayesnn.processes.sparse_posterior import even_normals
@@ -159,7 +160,8 @@ class SparseStudentT(Configured):
             "log_ratio": zeros(()),
             "log_prior_ratio": zeros(()),
         }
-        variational |= {name: value.detach().clone() for name, value in target.covariances.named_parameters()}
+        learned = {name: value for name, value in target.covariances.named_parameters() if value.requires_grad}
+        variational |= {name: value.detach().clone() for name, value in learned.items()}
         return SparseState(variational, adam_init(variational))
 
     def step(
@@ -169,7 +171,7 @@ class SparseStudentT(Configured):
         batch = minibatch(target.data, self.batch_size, generator)
         leaves = {name: value.detach().requires_grad_() for name, value in state.variational.items()}
         q = _unpack(leaves, target.prior_shape)
-        base, _, left, log_prior = target.covariances.project(leaves, batch.X.double())
+        base, _, left, log_density = target.covariances.project(leaves, batch.X.double())
         mean = base.mT @ q.mean.mT
         var = (left.unsqueeze(-1) + (q.root.mT @ base).square().sum(-2).mT).clamp_min(1e-12)
         gamma = torch._standard_gamma(q.shape.expand(self.num_samples, len(batch)), generator=generator)
@@ -177,7 +179,7 @@ class SparseStudentT(Configured):
         f = mean + (q.scale / gamma.unsqueeze(-1) * var).sqrt() * noise
         fit = target.likelihood.log_prob(f, batch.Y, {}).mean(0).sum() * len(target.data) / len(batch)
         elbo = fit - divergence(q.mean, q.root, q.shape, q.scale, q.prior_shape, q.prior_scale)
-        objective = elbo + log_prior + RATIO_PRIOR.log_prob(q.prior_scale / q.prior_shape)
+        objective = elbo + log_density + RATIO_PRIOR.log_prob(q.prior_scale / q.prior_shape)
         gradients = torch.autograd.grad(-objective / len(target.data), list(leaves.values()))
         rate = self.learning_rate * warmup_cosine(int(state.adam.step), self.num_steps, min(100, self.num_steps // 10))
         variational, adam = adam_step(state.variational, dict(zip(leaves, gradients, strict=True)), state.adam, rate)
@@ -308,12 +310,9 @@ class _Covariances(nn.Module):
         self.kernel = kernel
 
     def forward(self, Z: Tensor, X: Tensor, joint: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        log_prior = Z.new_zeros(())
-        for _, module, prior, closure, _ in self.kernel.named_priors():
-            log_prior = log_prior + prior.log_prob(closure(module)).sum()
         own = self.kernel(X).to_dense() if joint else self.kernel(X, diag=True)
         cross = self.kernel(Z.expand(*X.shape[:-2], *Z.shape), X).to_dense()
-        return self.kernel(Z).to_dense(), cross, own, log_prior
+        return self.kernel(Z).to_dense(), cross, own, log_prior(self.kernel, 1).sum()
 
     def project(
         self, parameters: dict[str, Tensor], X: Tensor, joint: bool = False
@@ -321,9 +320,9 @@ class _Covariances(nn.Module):
         """L^-1 K_ZX, K_XX (its diagonal unless ``joint``), diag(K_XX - K_XZ K_ZZ^-1 K_ZX), and log p(hyperparameters)."""
         own_names = dict(self.named_parameters())
         own_parameters = {name: value for name, value in parameters.items() if name in own_names}
-        within, cross, own, log_prior = functional_call(self, own_parameters, (parameters["inducing"], X, joint))
+        within, cross, own, log_density = functional_call(self, own_parameters, (parameters["inducing"], X, joint))
         jitter = JITTER * within.diagonal().mean().detach()
         root = psd_safe_cholesky(within + jitter * torch.eye(len(within), dtype=within.dtype))
         base = torch.linalg.solve_triangular(root, cross, upper=False)
         variance = own.diagonal(dim1=-2, dim2=-1) if joint else own
-        return base, own, variance - base.square().sum(-2), log_prior
+        return base, own, variance - base.square().sum(-2), log_density
