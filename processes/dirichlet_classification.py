@@ -21,7 +21,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
-from bayesnn.checks import check_fields, count, positive
+from bayesnn.checks import check_fields, count, flag, positive
 from bayesnn.configured import Configured
 from bayesnn.data import Data
 from bayesnn.files import fingerprint
@@ -186,7 +186,8 @@ class DirichletNNGP(Model):
         if not isinstance(likelihood, Categorical):
             raise TypeError(f"likelihood must be likelihoods.Categorical, found {likelihood!r}")
         MLPKernel(depth, activation)  # raises its errors
-        self.depth, self.activation, self.kernel, self.optimise = depth, activation, kernel, optimise
+        self.depth, self.activation, self.kernel = depth, activation, kernel
+        self.optimise = flag("optimise", optimise)
         self.num_classes = likelihood.num_classes
         self.alpha_epsilon = positive("alpha_epsilon", alpha_epsilon)
         self.num_draws = count("num_draws", num_draws)

@@ -23,6 +23,7 @@ from bayesnn.processes.evidence import Quadratic, log_prior, quadratic
 from bayesnn.processes.scale_mixtures import log_multivariate_t
 
 MIN_NOISE_VAR = 1e-4  # in standardised units, BoTorch's
+MIN_FIXED_NOISE_VAR = 1e-12  # a matrix without any can't be factored
 # Weak, ours, except the noise's, which is BoTorch's. The shape has to have one: see StudentTProcess.
 PRIORS = {
     "shape": LogNormalPrior(math.log(2.0), 0.5),
@@ -78,7 +79,7 @@ class MixturePrior(nn.Module):
     def noise_var(self) -> Tensor:
         """The noise's part of the scale matrix, (m,)."""
         if self._fixed_noise is not None:
-            return self._fixed_noise.double()
+            return self._fixed_noise.double().clamp_min(MIN_FIXED_NOISE_VAR)
         return MIN_NOISE_VAR + self.log_noise_var.exp()
 
     def covariance(self, first: Tensor, second: Tensor) -> Tensor:
@@ -95,8 +96,9 @@ class MixturePrior(nn.Module):
 
     def log_prior(self) -> Tensor:
         """Of the hyperparameters that have one, for each output, (m,); what outputs share counts for each in part."""
-        values = {"shape": self.shape, "ratio": self.ratio, "noise_var": self.noise_var}
-        total = sum((PRIORS[name].log_prob(value) for name, value in values.items()), torch.zeros_like(self.mean))
+        learned = {"shape": self._fixed_shape, "ratio": self._fixed_scale, "noise_var": self._fixed_noise}
+        values = [(PRIORS[name], getattr(self, name)) for name, fixed in learned.items() if fixed is None]
+        total = sum((prior.log_prob(value) for prior, value in values), torch.zeros_like(self.mean))
         return total + log_prior(self.kernel, len(total))
 
 

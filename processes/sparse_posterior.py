@@ -10,6 +10,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 from torch.distributions import Normal
 
+from bayesnn.checks import flag
 from bayesnn.data import Data
 from bayesnn.likelihoods import Categorical, Gaussian, Histogram, Likelihood
 from bayesnn.model import Model
@@ -65,7 +66,8 @@ class SparseProcess(Model):
     ) -> None:
         super().__init__(likelihood)
         MLPKernel(depth, activation)  # raises its errors
-        self.depth, self.activation, self.kernel, self.optimise = depth, activation, kernel, optimise
+        self.depth, self.activation, self.kernel = depth, activation, kernel
+        self.optimise = flag("optimise", optimise)
         self._prior: SparsePrior
         self._inducing: Inducing
         self._values: InducingValues

@@ -40,6 +40,7 @@ from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
 from bayesnn.processes.evidence import log_prior
 from bayesnn.processes.kernels import KernelFactory, MLPKernel
+from bayesnn.processes.kernels.factories import checked_factory, made
 from bayesnn.processes.scale_mixtures import InverseGamma
 from bayesnn.processes.sparse_posterior import even_normals
 
@@ -180,7 +181,8 @@ class SparseStudentT(Configured):
         fit = target.likelihood.log_prob(f, batch.Y, {}).mean(0).sum() * len(target.data) / len(batch)
         elbo = fit - divergence(q.mean, q.root, q.shape, q.scale, q.prior_shape, q.prior_scale)
         objective = elbo + log_density + RATIO_PRIOR.log_prob(q.prior_scale / q.prior_shape)
-        gradients = torch.autograd.grad(-objective / len(target.data), list(leaves.values()))
+        loss = -objective / len(target.data)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         rate = self.learning_rate * warmup_cosine(int(state.adam.step), self.num_steps, min(100, self.num_steps // 10))
         variational, adam = adam_step(state.variational, dict(zip(leaves, gradients, strict=True)), state.adam, rate)
         return SparseState(variational, adam), SparseInfo(elbo.detach())
@@ -237,6 +239,8 @@ class VariationalStudentTProcess(Model):
                 "for real outcomes there is StudentTProcess"
             )
         MLPKernel(depth, activation)  # raises the other errors
+        if kernel is not None:
+            checked_factory(kernel)
         self.depth, self.activation, self.kernel = depth, activation, kernel
         self.shape, self.num_draws = positive("shape", shape), count("num_draws", num_draws)
         self.method = SparseStudentT() if method is None else method
@@ -244,9 +248,7 @@ class VariationalStudentTProcess(Model):
         self._covariances: _Covariances
 
     def _kernel(self, num_features: int) -> Kernel:
-        if self.kernel is not None:
-            return self.kernel(num_features, torch.Size([]))
-        return MLPKernel(self.depth, self.activation)(num_features, torch.Size([]))
+        return made(self.kernel or MLPKernel(self.depth, self.activation), num_features, torch.Size([]))
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         options.pop("target_ess")
@@ -255,6 +257,8 @@ class VariationalStudentTProcess(Model):
         self._take(target.covariances, run(self.method, target, **options).variational)
 
     def _take(self, covariances: _Covariances, variational: dict[str, Tensor]) -> None:
+        # With what the kernel has frozen.
+        variational = {name: value.detach() for name, value in covariances.named_parameters()} | variational
         self._covariances, self._variational = covariances.eval().requires_grad_(False), variational
 
     def _latent(self, X: Tensor) -> StudentT:

@@ -142,6 +142,9 @@ class LinearisedNetwork(nn.Module):
 
     (Lee et al. 2019, eq. 3). Its tangent kernel is the network's at :math:`\theta_0`, and stays so.
 
+    It compiles. PyTorch's own transformer layers do in training mode; in evaluation mode only after
+    ``torch.backends.mha.set_fastpath_enabled(False)``, since their fast path has no derivative.
+
     Args:
         network: expanded around its present parameters; it is copied.
 

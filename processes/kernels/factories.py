@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ def checked_factory(factory: object) -> None:
 
 
 def made(factory: KernelFactory, num_features: int, batch_shape: torch.Size) -> Kernel:
-    """The factory's kernel.
+    """The factory's kernel; a copy, so that a factory may give the same one again.
 
     Raises:
         TypeError: if the factory isn't one, or gives no GPyTorch kernel.
@@ -47,7 +48,7 @@ def made(factory: KernelFactory, num_features: int, batch_shape: torch.Size) -> 
             f"kernel must give a kernel of batch shape {tuple(batch_shape)}, one for each output, found "
             f"{tuple(kernel.batch_shape)}: pass its second argument on, as batch_shape="
         )
-    return kernel
+    return copy.deepcopy(kernel)
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,8 @@ class FourierKernel(Configured):
 
 
 def for_searches(model: Callable[..., Any]) -> Callable[..., Any]:
-    """What makes the model as a surrogate: with a ``FourierKernel()`` and one search for the hyperparameters.
-
-    Unless a kernel, depth, activation or restart is asked for.
+    """What makes the model as a surrogate: one search for the hyperparameters, unless ``restart`` is asked for, and a
+    ``FourierKernel()``, unless a kernel, depth or activation is.
     """
 
     def make(**options: Any) -> Any:

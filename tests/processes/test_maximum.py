@@ -6,15 +6,15 @@ import warnings
 
 import pytest
 import torch
-from gpytorch.constraints import GreaterThan, Interval
-from gpytorch.kernels import RBFKernel
-from gpytorch.priors import GammaPrior
+from gpytorch.constraints import GreaterThan, Interval, LessThan
+from gpytorch.kernels import Kernel, RBFKernel
+from gpytorch.priors import UniformPrior
 from linear_operator.utils.errors import NotPSDError
 from torch import nn
 
 from bayesnn import NNGP, StudentTProcess, likelihoods, surrogate
 from bayesnn.data import BayesnnWarning
-from bayesnn.processes import gaussian, student_t
+from bayesnn.processes import ScaleMixtureProcess, SparseNNGP, gaussian, student_t
 from bayesnn.processes.architectures import Activation, Dense, serial
 from bayesnn.processes.kernels import NNGPKernel
 from bayesnn.processes.maximum import _bounds, minimise
@@ -118,34 +118,172 @@ def test_faults_of_the_loss_itself_are_not_hidden():
 def test_bounds():
     kernel = RBFKernel(ard_num_dims=2)
     kernel.lengthscale = torch.tensor([3.0, 1e-3])
-    low, high = (
-        kernel.raw_lengthscale_constraint.transform(limit.double()) for limit in _bounds(kernel)["raw_lengthscale"]
-    )
+    limits = _bounds(kernel)["raw_lengthscale"]
+    low, high = (kernel.raw_lengthscale_constraint.transform(limit.double()) for limit in limits)
     assert torch.allclose(low, torch.tensor([1e-6, 1e-9]).double(), rtol=0.1)
     assert torch.allclose(high, torch.tensor([3e6, 1e6]).double(), rtol=1e-3)
     kernel = RBFKernel(lengthscale_constraint=Interval(0.1, 2.0))
     assert [float(limit) for limit in _bounds(kernel)["raw_lengthscale"]] == [-math.inf, math.inf]
     kernel = RBFKernel(lengthscale_constraint=GreaterThan(0.1))
     assert float(_bounds(kernel)["raw_lengthscale"][0]) == -math.inf
+    kernel = RBFKernel(lengthscale_constraint=Interval(0.1, 2.0, transform=None, initial_value=1.0))
+    assert [float(limit) for limit in _bounds(kernel)["raw_lengthscale"]] == pytest.approx([0.1, 2.0])
     kernel = NNGPKernel(architecture=serial(Dense(bias_var=0.0), Activation(), Dense(bias_var=0.0)))
     low, high = _bounds(kernel)["raw_bias_var"]
     assert (float(low), float(high)) == (0.0, 1e6)
     assert [float(limit) for limit in _bounds(Points(2.0))["x"]] == [-12.0, 16.0]
 
 
+class Sloped(Kernel):
+    """An RBF kernel of x_1 + rho x_2, with rho of any sign."""
+
+    has_lengthscale = False
+
+    def __init__(self, constraint, start, batch_shape):
+        super().__init__(batch_shape=batch_shape)
+        self.register_parameter("raw_rho", nn.Parameter(torch.zeros(*batch_shape, 1)))
+        self.register_constraint("raw_rho", constraint)
+        self.initialize(raw_rho=constraint.inverse_transform(torch.full((*batch_shape, 1), start)))
+
+    def forward(self, x1, x2, diag=False, **params):
+        rho = self.raw_rho_constraint.transform(self.raw_rho).unsqueeze(-1)
+        a, b = (x[..., :1] + rho * x[..., 1:] for x in (x1, x2))
+        square = (a - b).square().squeeze(-1) if diag else (a - b.mT).square()
+        return torch.exp(-0.5 * square)
+
+
 @pytest.mark.parametrize("model", [NNGP, StudentTProcess])
-def test_variances_that_would_underflow(model):
-    """Outcomes without a trace of the inputs, under a prior whose support ends at 0: no search fails."""
+@pytest.mark.parametrize(
+    ("constraint", "start"),
+    [
+        (Interval(-1.0, 1.0), 0.0),
+        (Interval(-3.0, -0.1), -1.0),
+        (LessThan(2.0), 0.5),
+        (GreaterThan(-5.0), 0.2),
+        (Interval(-1.0, 1.0, transform=None, initial_value=0.0), 0.0),
+    ],
+    ids=["both signs", "negative", "above", "below", "not transformed"],
+)
+def test_hyperparameters_of_any_sign(model, constraint, start):
     generator = torch.Generator().manual_seed(0)
-    X, Y = (torch.randn(30, width, generator=generator).double() for width in (2, 1))
+    X = torch.randn(40, 2, generator=generator).double()
+    Y = torch.sin(2 * (X[:, :1] - 0.6 * X[:, 1:])) + 0.05 * torch.randn(40, 1, generator=generator).double()
+    made = []
 
     def kernel(d, batch):
-        return RBFKernel(ard_num_dims=d, batch_shape=batch, lengthscale_prior=GammaPrior(1.0, 1.0))
+        made.append(Sloped(constraint, start, batch))
+        return made[-1]
+
+    fitted = model(kernel=kernel).fit(X, Y)
+    found = next(module for module in modules(fitted) if isinstance(module, Sloped))
+    expected = -0.6 * float(X[:, 1].std() / X[:, 0].std())
+    assert found.raw_rho_constraint.transform(found.raw_rho).item() == pytest.approx(expected, abs=0.1)
+
+
+def modules(model):
+    return (model._gp if isinstance(model, NNGP) else model._prior).modules()
+
+
+@pytest.mark.parametrize("model", [NNGP, StudentTProcess, SparseNNGP])
+def test_priors_of_bounded_support(model):
+    """The search turns back where a prior ends."""
+    X, Y = smooth(30)
+
+    def kernel(d, batch):
+        made = RBFKernel(ard_num_dims=d, batch_shape=batch, lengthscale_prior=UniformPrior(0.1, 0.8))
+        made.lengthscale = 0.5
+        return made
+
+    fitted = model(kernel=kernel).fit(X, Y)
+    found = next(module for module in modules(fitted) if isinstance(module, RBFKernel))
+    assert bool(((found.lengthscale > 0.1) & (found.lengthscale < 0.8)).all())
+    assert float(found.lengthscale.max()) > 0.6
+
+
+def smooth(n):
+    X = torch.linspace(-2, 2, 2 * n, dtype=torch.float64).reshape(n, 2)
+    return X, X.sum(-1, keepdim=True).sin()
+
+
+class Broken(Kernel):
+    """Its gradient is NaN on the diagonal."""
+
+    has_lengthscale = True
+
+    def forward(self, x1, x2, diag=False, **params):
+        square = ((x1.unsqueeze(-2) - x2.unsqueeze(-3)) / self.lengthscale.unsqueeze(-1)).square().sum(-1)
+        found = torch.exp(-square.sqrt())
+        return found.diagonal(dim1=-2, dim2=-1) if diag else found
+
+
+@pytest.mark.parametrize("model", [NNGP, StudentTProcess])
+def test_gradients_that_are_no_numbers_are_told(model):
+    with pytest.warns(BayesnnWarning, match="couldn't be maximised, defaults are used"):
+        model(kernel=lambda d, batch: Broken(batch_shape=batch)).fit(*smooth(10))
+
+
+class Unused(RBFKernel):
+    """With a parameter that doesn't count."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_parameter("spare", nn.Parameter(torch.zeros(1)))
+
+
+@pytest.mark.parametrize("model", [NNGP, StudentTProcess])
+def test_parameters_that_do_not_count(model):
+    fitted = model(kernel=lambda d, batch: Unused(ard_num_dims=d, batch_shape=batch)).fit(*smooth(20))
+    assert float(next(module for module in modules(fitted) if isinstance(module, Unused)).spare) == 0
+
+
+def test_shared_parameters_of_as_many_entries_as_outputs():
+    """Their mixture is worse than either: it isn't taken."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Parameter(torch.full((2,), -2.0, dtype=torch.float64))
+
+        def loss(self):
+            difference = 100 * (self.both[0] - self.both[1]).square()
+            well = (self.both.square() - 1).square() + difference
+            return well - torch.tensor([0.5, -0.3], dtype=torch.float64) * self.both
+
+    pair = Pair()
+    minimise("some model", pair.loss, pair, None, [{"both": 2.0}])
+    assert bool((pair.both > 0.9).all())
+
+
+def test_a_start_where_nothing_can_be_computed_at_all():
+    points = Points(12.0)
+
+    def loss():
+        if points.x.item() > 10:
+            raise NotPSDError
+        return points.two_minima([0.3])
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        p = model(kernel=kernel).fit(X, Y).predict(X)
-    assert bool(torch.isfinite(p.mean).all())
+        minimise("some model", loss, points, None, [{"x": 2.0}])
+    assert points.x.item() == pytest.approx(1, abs=0.1)
+
+
+def test_no_warnings_of_matrices_on_the_way():
+    X, Y = smooth(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StudentTProcess(kernel=lambda d, b: RBFKernel(batch_shape=b)).fit(X.repeat(3, 1), Y.repeat(3, 1))
+
+
+@pytest.mark.parametrize("model", [NNGP, StudentTProcess, SparseNNGP])
+def test_a_factory_may_give_the_same_kernel_again(model):
+    X, Y = smooth(20)
+    kernel = RBFKernel(ard_num_dims=2)
+    other = torch.cos(4 * X[:, :1])
+    again = model(kernel=lambda d, batch: kernel).fit(X, Y).fit(X, other)
+    fresh = model(kernel=lambda d, batch: RBFKernel(ard_num_dims=2)).fit(X, other)
+    assert torch.allclose(again.predict(X).mean, fresh.predict(X).mean, atol=1e-5)
+    assert kernel.raw_lengthscale.requires_grad and float(kernel.raw_lengthscale.abs().max()) == 0
 
 
 @pytest.mark.parametrize(
@@ -155,6 +293,8 @@ def test_variances_that_would_underflow(model):
         (StudentTProcess, 2),
         (lambda: NNGP(restart=False), 1),
         (lambda: StudentTProcess(restart=False), 1),
+        (ScaleMixtureProcess, 2),
+        (lambda: ScaleMixtureProcess(restart=False), 1),
         (lambda: surrogate("nngp"), 1),
         (lambda: NNGP(likelihood=likelihoods.Gaussian(noise_std=0.1)), 1),
         (lambda: StudentTProcess(likelihood=likelihoods.Gaussian(noise_std=0.1)), 1),
@@ -175,13 +315,31 @@ def test_who_searches_twice(make, searches, monkeypatch):
     assert found == [searches]
 
 
-def test_twice_is_never_worse():
-    generator = torch.Generator().manual_seed(3)
-    X = torch.rand(40, 3, generator=generator).double()
-    Y = torch.cat([torch.sin(9 * X[:, :1]), torch.randn(40, 1, generator=generator).double()], 1)
-    once, twice = (StudentTProcess(restart=restart).fit(X, Y) for restart in (False, True))
+@pytest.mark.parametrize("model", [NNGP, StudentTProcess])
+@pytest.mark.parametrize(("n", "frequency", "seed", "better"), [(14, 10, 2, "first"), (8, 25, 2, "second")])
+def test_the_better_of_two_maxima(model, n, frequency, seed, better, monkeypatch):
+    """Whichever of the starts leads to it: each alone, and both."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.rand(n, 1, generator=generator).double()
+    Y = torch.sin(frequency * X) + 0.4 * torch.randn(n, 1, generator=generator).double()
+    densities = {}
+    minimised = minimise
 
-    def density(model):
-        return model._log_evidence(model._prior, model._known) + model._prior.log_prior()
+    def from_start(which):
+        def search(name, loss, module, time_budget, other_starts=()):
+            if which == "second":
+                parameters = dict(module.named_parameters())
+                for key, value in other_starts[0].items():
+                    parameters[key].data.fill_(value)
+            minimised(name, loss, module, time_budget, other_starts if which == "both" else ())
+            densities[which] = -loss().sum().item()
 
-    assert bool((density(twice) >= density(once) - 1e-6).all())
+        return search
+
+    for which in ("first", "second", "both"):
+        for place in (gaussian, student_t):
+            monkeypatch.setattr(place, "minimise", from_start(which))
+        model(kernel=lambda d, batch: RBFKernel(ard_num_dims=d, batch_shape=batch)).fit(X, Y)
+    assert max(("first", "second"), key=densities.__getitem__) == better
+    assert abs(densities["first"] - densities["second"]) > 0.01
+    assert densities["both"] == pytest.approx(densities[better], abs=1e-6)
