@@ -10,6 +10,7 @@ from gpytorch.constraints import GreaterThan, Interval, LessThan
 from gpytorch.kernels import Kernel, RBFKernel
 from gpytorch.priors import UniformPrior
 from linear_operator.utils.errors import NotPSDError
+from linear_operator.utils.warnings import NumericalWarning
 from torch import nn
 
 from bayesnn import NNGP, StudentTProcess, likelihoods, surrogate
@@ -269,10 +270,15 @@ def test_a_start_where_nothing_can_be_computed_at_all():
 
 
 def test_no_warnings_of_matrices_on_the_way():
-    X, Y = smooth(10)
+    points = Points(-2.0)
+
+    def loss():
+        warnings.warn("added jitter", NumericalWarning, stacklevel=1)
+        return points.two_minima([0.3])
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        StudentTProcess(kernel=lambda d, b: RBFKernel(batch_shape=b)).fit(X.repeat(3, 1), Y.repeat(3, 1))
+        minimise("some model", loss, points, None, [{"x": 2.0}])
 
 
 @pytest.mark.parametrize("model", [NNGP, StudentTProcess, SparseNNGP])
