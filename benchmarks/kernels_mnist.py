@@ -4,9 +4,9 @@ r"""Classification of MNIST with infinitely wide networks: a convolutional NNGP 
 
 Regression on one-hot labels less 1/10, with the exact kernel of the training images: the class is the largest mean. The noise
 is chosen from a grid by the leave-one-out squared error, which the training images' inverse gives, and no label of a test
-image is seen. All 10,000 images of either part by default: on two cores that takes about an hour, 1.7 GB for each network on
-the disk, and may be interrupted: finished rows are kept under ``benchmarks/results/kernels_mnist`` (delete them when the
-kernels change). Networks have no pooling: a strided convolution quarters the positions and keeps them independent.
+image is seen. All 10,000 images of either part by default. That is 1.2 GB for each network on the disk, and may be
+interrupted: finished rows are kept under ``benchmarks/results/kernels_mnist`` (delete them when the kernels change).
+Networks have no pooling: a strided convolution quarters the positions and keeps them independent.
 
 Published, with the 60,000 images less 10,000 for validation and a residual network of 32 layers: 0.84 % errors
 (Garriga-Alonso, Rasmussen and Aitchison 2019). It isn't comparable: here images are fewer and networks smaller.
