@@ -16,7 +16,7 @@ functions haven't: Michalewicz's function in 5 dimensions, whose valleys are ste
 hidden among 40. Regret is the best value found above the minimum, the mean over seeds.
 
 The table isn't free of choices made on it: ``nngp``'s activation, tolerances and prior were chosen among some nine variants
-on seeds 0 to 3 of these very problems. Nothing was chosen on seeds from 4 on (``--seeds``); 4 to 7 have been looked at since.
+on seeds 0 to 3 of these very problems. Nothing was chosen on seeds from 4 on (``--seeds``); those on file have been looked at.
 
 Every run is a line of ``benchmarks/results/kernels_bo_cells.jsonl`` when it is finished: run again, the benchmark goes on
 where it stopped.
