@@ -60,10 +60,11 @@ def log_prior(module: Module, num_outputs: int) -> Tensor:
     """
     total = torch.zeros(num_outputs, dtype=torch.float64)
     for _, owner, prior, closure, _ in module.named_priors():
+        value = closure(owner)
         try:
-            found = prior.log_prob(closure(owner))
+            found = prior.log_prob(value)
         except ValueError:  # how torch's distributions say so
-            return torch.full_like(total, -torch.inf)
+            return torch.full_like(total.to(value), -torch.inf)
         by_output = found.shape[:1] == (num_outputs,)
         total = total.to(found) + (found.reshape(num_outputs, -1).sum(-1) if by_output else found.sum() / num_outputs)
     return total

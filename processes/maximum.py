@@ -20,9 +20,7 @@ from bayesnn.data import BayesnnWarning
 # SciPy's own tolerances stop nats before the maximum, where hyperparameters trade off against each other.
 OPTIONS = {"ftol": 1e-11, "gtol": 1e-6, "maxcor": 30}
 FAR = 1e3  # above the first value: where the line search is sent back from
-LARGEST = (
-    1e6  # that a positive hyperparameter may become, and the inverse of the smallest: standardised data tell no more
-)
+LARGEST = 1e6  # that a positive hyperparameter may become, and the inverse of the smallest: the data are standardised
 FARTHEST = 14.0  # from its start, for any other: a logarithm, or a mean of standardised outcomes
 # Where the second search begins: log of a fifth of the outcomes' variance. On UCI's energy the likelihood has several maxima,
 # 20 to 40 nats apart; of eleven fits that were looked at, this start and the usual one, a noise of e^-5, ended at different
