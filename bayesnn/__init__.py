@@ -9,7 +9,7 @@ from bayesnn.inference.amortized import PFN
 from bayesnn.model import Model, NotFittedError
 from bayesnn.predictive import Predictive
 from bayesnn.processes import NNGP, ConditionalNeuralProcess, StudentTProcess
-from bayesnn.registry import surrogate, surrogates
+from bayesnn.registry import named_model, surrogate, surrogates
 
 __version__ = version("bayesnn")
 load = Model.load
@@ -27,6 +27,7 @@ __all__ = [
     "likelihoods",
     "load",
     "metrics",
+    "named_model",
     "networks",
     "priors",
     "surrogate",

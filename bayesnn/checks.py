@@ -61,6 +61,19 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def nonnegative(name: str, value: Any) -> float:
+    """A finite number, 0 or more.
+
+    Raises:
+        TypeError: if it isn't a number.
+        ValueError: if it is negative, infinite or NaN.
+    """
+    found = number(name, value)
+    if found < 0:
+        raise ValueError(f"{name} must be a number from 0 on, found {value}")
+    return found
+
+
 def fraction(name: str, value: Any, interval: str = "(0, 1)") -> float:
     """A number between 0 and 1; the interval says which of the ends belong to it, "[0, 1)" say.
 
@@ -74,6 +87,55 @@ def fraction(name: str, value: Any, interval: str = "(0, 1)") -> float:
     if not (above(0, float(value)) and below(float(value), 1)):
         raise ValueError(f"{name} must lie in {interval}, found {value}")
     return float(value)
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """Two finite numbers, the second above the first.
+
+    Raises:
+        TypeError: if they aren't two numbers.
+        ValueError: if they don't increase, or aren't finite.
+    """
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be two numbers, found {value!r}") from None
+    low, high = number(name, low), number(name, high)
+    if not low < high:
+        raise ValueError(f"{name} must be two increasing numbers, found {(low, high)}")
+    return low, high
+
+
+def positive_range(name: str, value: Any) -> tuple[float, float]:
+    """Two positive, finite numbers, the second at least the first.
+
+    Raises:
+        TypeError: if they aren't two numbers.
+        ValueError: if they aren't positive and finite, or decrease.
+    """
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be two numbers, found {value!r}") from None
+    low, high = positive(name, low), positive(name, high)
+    if low > high:
+        raise ValueError(f"{name} must be two increasing positive numbers, found {(low, high)}")
+    return low, high
+
+
+def positives(name: str, values: Any) -> tuple[float, ...]:
+    """At least one positive, finite number.
+
+    Raises:
+        TypeError: if it isn't a sequence of numbers.
+        ValueError: if there is none, or one isn't positive and finite.
+    """
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of numbers, found {values!r}")
+    found = tuple(positive(name, value) for value in values)
+    if not found:
+        raise ValueError(f"{name} must have at least one value")
+    return found
 
 
 def flag(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: ``bayesnn demo | fit | predict | models``."""
+"""The command line: ``bayesnn demo | fit | predict | models | pretrain``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ import bayesnn
 from bayesnn import likelihoods, metrics
 from bayesnn.bnn import BNN
 from bayesnn.demo import run_demo
+from bayesnn.inference.amortized.pretraining import (
+    export as write_network,
+    from_checkpoint,
+    launched_fabric,
+    note_hardware,
+    noted_hardware,
+    read_recipe,
+    train,
+)
 from bayesnn.model import Model
 from bayesnn.predictive import ClassPredictive
-from bayesnn.registry import surrogate, surrogates
+from bayesnn.registry import named_model, surrogates
 from bayesnn.report import text_table
 
 app = typer.Typer(
@@ -58,7 +67,7 @@ def demo(
 def models() -> None:
     """The names of the models."""
     for name in surrogates():
-        model = surrogate(name)
+        model = named_model(name)
         # A Bayesian neural network is known by its method, any other model by itself.
         described = getattr(model, "method", model)
         typer.echo(f"{name:12} {(described.__doc__ or '').strip().splitlines()[0]}")
@@ -99,7 +108,7 @@ def fit(
             raise ValueError(f"{data} has {len(X)} rows; at least 5 are needed to hold a fifth out")
 
         def unfitted() -> Model:
-            chosen: Model = surrogate(model)
+            chosen: Model = named_model(model)
             if labels is None:
                 return chosen
             assert isinstance(chosen, BNN)
@@ -115,6 +124,47 @@ def fit(
         columns = {"inputs": inputs, "target": target, "labels": labels}
         output.with_suffix(".json").write_text(json.dumps(columns, indent=2) + "\n", encoding="utf-8")
         typer.echo(f"fitted to all rows and saved: {output} (columns in {output.with_suffix('.json')})")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that ships with the package.")],
+    out: Annotated[Path, typer.Option(help="Folder for the weights and the model card.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder to keep the state in, and to go on from.")] = None,
+    export: Annotated[bool, typer.Option("--export", help="Write the checkpoint's network without training.")] = False,
+    accelerator: Annotated[str, typer.Option(help="Lightning Fabric's: cpu, cuda, auto …")] = "cpu",
+    devices: Annotated[int, typer.Option(help="How many.")] = 1,
+    precision: Annotated[str, typer.Option(help="Lightning Fabric's: 32-true, bf16-mixed …")] = "32-true",
+) -> None:
+    """Train a network that answers by one forward pass, by a recipe; interrupted, it goes on from its checkpoint."""
+    with _one_line_errors():
+        chosen = read_recipe(recipe)
+        out.mkdir(parents=True, exist_ok=True)
+        if export:
+            if checkpoint is None:
+                raise ValueError("--export needs --checkpoint")
+            network, num_steps = from_checkpoint(chosen, checkpoint)
+            hardware = noted_hardware(checkpoint)
+        else:
+            fabric, hardware = None, f"{devices} x {accelerator}, {precision}"
+            if (accelerator, devices, precision) != ("cpu", 1, "32-true"):
+                fabric = launched_fabric(accelerator, devices, precision)
+            if checkpoint is not None:
+                hardware = note_hardware(checkpoint, hardware)
+            try:
+                network, num_steps = train(chosen, checkpoint, fabric, log=typer.echo), chosen.training.num_steps
+            except KeyboardInterrupt:
+                kept = (
+                    f"the same command goes on from {checkpoint}"
+                    if checkpoint
+                    else "nothing is kept without --checkpoint"
+                )
+                typer.echo(f"interrupted: {kept}", err=True)
+                raise typer.Exit(130) from None
+            if fabric is not None and not fabric.is_global_zero:
+                return
+        card = write_network(chosen, network, num_steps, out, hardware)
+        typer.echo(f"{out / chosen.name}.safetensors: {card['num_parameters']} parameters, {num_steps} steps")
 
 
 @app.command()

@@ -98,7 +98,7 @@ def families() -> dict[str, Callable[[Tensor], Model]]:
         "ensemble": lambda X: BNN(method=DeepEnsemble(num_steps=300)),
         "nngp": lambda X: NNGP(),
         "cnp": meta_trained_process,
-        "pfn": lambda X: PFN.from_pretrained("gp-small"),
+        "pfn": lambda X: PFN(),
     }
 
 
@@ -128,7 +128,7 @@ def meta_trained_process(X: Tensor) -> ConditionalNeuralProcess:
         return TaskBatch(points, f + noise_std * normal(num_points, 1), f)
 
     training = MetaTraining(
-        num_steps=400, max_context=len(X), num_queries=40, rows_per_step=3072, max_tasks=32, lr=5e-4, num_warmup=30
+        num_steps=400, max_context=len(X), num_queries=40, rows_per_batch=3072, max_tasks=32, lr=5e-4, num_warmup=30
     )
     return ConditionalNeuralProcess().meta_fit(functions, training)
 

@@ -49,6 +49,10 @@ def prior_borders(samples: Tensor, num_buckets: int, *, coverage: float = 0.998)
     """
     if num_buckets < 3:
         raise ValueError(f"num_buckets must be at least 3 (two tails and one between), got {num_buckets}")
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage must be in (0, 1], found {coverage}")
+    if not samples.is_floating_point():
+        raise ValueError(f"samples must be of a floating-point dtype, found {samples.dtype}")
     ordered = samples.detach().flatten().sort().values
     if len(ordered) < 2 or not bool(ordered.isfinite().all()):
         raise ValueError("samples must be at least two finite numbers")
@@ -121,8 +125,8 @@ class Histogram(Distribution):
         else:
             scale = torch.as_tensor(tail_scale, dtype=logits.dtype, device=logits.device)
             scale = scale.expand(2) if scale.ndim == 0 else scale
-        if validate_args is not False and not bool((scale > 0).all()):
-            raise ValueError("tail_scale must be positive")
+        if validate_args is not False and not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError("tail_scale must be positive and finite")
         self.borders = borders.to(logits)
         self.tail_scale = scale.to(logits)
         self.logits = logits.log_softmax(-1)
@@ -188,7 +192,7 @@ class Histogram(Distribution):
         """(*batch,) differential entropy in nats: of the choice of bucket, plus the mean of the buckets' own."""
         tails = 0.5 * torch.log(math.pi / 2 * self.tail_scale.square()) + 0.5
         inside = _cat(tails[..., :1], self.widths[..., 1:-1].log(), tails[..., 1:])
-        return (self.probs * (inside - self.logits)).sum(-1)
+        return (self.probs * inside + torch.special.entr(self.probs)).sum(-1)
 
     def expected_improvement(self, best: Tensor | float) -> Tensor:
         """:math:`E[\\max(V - \\mathrm{best}, 0)]` in closed form, tails included; (*batch,) broadcast with ``best``."""
@@ -204,6 +208,12 @@ class Histogram(Distribution):
         lower = gap - _HALF_NORMAL_MEAN * lower_scale + _half_normal_excess(gap, lower_scale)
         return (self.probs * _cat(lower, inner, upper)).sum(-1)
 
+    def probability_of_improvement(self, best: Tensor | float) -> Tensor:
+        """:math:`P(V > \\mathrm{best})`, tails included; (*batch,) broadcast with ``best``."""
+        best = _broadcast(torch.as_tensor(best).to(self.logits), self.batch_shape)
+        # That of the mirror image below -best: one minus the cdf has no digits left where little is above.
+        return self.affine(0.0, -1.0).cdf(-best)
+
     # -- density, cdf and quantiles ------------------------------------------------------------------------------
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -217,6 +227,28 @@ class Histogram(Distribution):
         tail = 0.5 * math.log(2 / math.pi) - scale.log() - 0.5 * (distance / scale).square()
         density = torch.where(self._in_tail(index), tail, -_take(self.widths, index).log())
         return _take(self.logits, index) + density
+
+    def expected_log_prob(self, mean: Tensor, stddev: Tensor) -> Tensor:
+        r""":math:`E[\log p(V)]` for :math:`V \sim N(\mathrm{mean}, \mathrm{stddev}^2)`, in closed form; (*batch,).
+
+        With the normal's masses :math:`q_k` of the buckets, :math:`\sum_k q_k \log p_k` plus what doesn't depend on p: of the
+        inner buckets minus the logarithms of their widths; of a tail at distance d from the mean, z = d / stddev,
+        :math:`E[(V - b)^2; V > b] = \mathrm{stddev}^2 ((1 + z^2) \Phi(z) + z \phi(z))`. A stddev of 0 stands for a known V.
+        """
+        std = stddev.clamp_min(1e-6)[..., None]
+        inner = self.borders[..., 1:-1]
+        z = (inner - mean[..., None]) / std
+        below = torch.special.ndtr(z)
+        mass = _cat(below[..., :1], below.diff(dim=-1), torch.special.ndtr(-z[..., -1:]))
+        ends = torch.stack([z[..., 0], -z[..., -1]], -1)
+        density = torch.exp(-0.5 * ends.square()) / math.sqrt(2 * math.pi)
+        squares = std.square() * ((1 + ends.square()) * torch.special.ndtr(ends) + ends * density)
+        outside = _cat(mass[..., :1], mass[..., -1:])
+        tails = (
+            outside * (0.5 * math.log(2 / math.pi) - self.tail_scale.log()) - 0.5 * squares / self.tail_scale.square()
+        )
+        widths = (mass[..., 1:-1] * self.widths[..., 1:-1].log()).sum(-1)
+        return (mass * self.logits).sum(-1) - widths + tails.sum(-1)
 
     def cdf(self, value: Tensor) -> Tensor:
         """:math:`P(V \\le \\mathrm{value})`, (*sample, *batch)."""

@@ -68,6 +68,10 @@ class Model(Configured, BotorchModel):
         """The likelihood's parameters in standardised units, stacked like the draws."""
         return {}
 
+    def _input_scaling(self, X: Tensor) -> Scaling:
+        """How the columns of X are scaled."""
+        return standardisation(X, "X") if self.scale_inputs else identity(X.shape[-1], X)
+
     def _state(self) -> dict[str, Tensor]:
         """The fitted tensors that ``save`` writes."""
         return {}
@@ -116,7 +120,7 @@ class Model(Configured, BotorchModel):
             positive("time_budget", time_budget)
         X = check_inputs(X).detach()
         Y = self.likelihood.check(Y, X.shape[0], X).detach()
-        inputs = standardisation(X, "X") if self.scale_inputs else identity(X.shape[-1], X)
+        inputs = self._input_scaling(X)
         standardised = self.likelihood.standardises
         outcomes = standardisation(Y, "Y") if standardised else identity(Y.shape[-1], X)
         check_variance(outcomes, "Y")

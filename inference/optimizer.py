@@ -1,7 +1,7 @@
-"""Adam as a pure function, a learning-rate schedule and gradient clipping.
+"""Adam and Muon as pure functions, a learning-rate schedule and gradient clipping.
 
-Parameters are ``dict[str, Tensor]``; everything is element by element, so that members, chains or particles stacked
-along a leading dimension are updated exactly as each would be alone.
+Parameters are ``dict[str, Tensor]``; Adam goes element by element, so that members, chains or particles stacked along a
+leading dimension are updated exactly as each would be alone.
 """
 
 from __future__ import annotations
@@ -77,6 +77,62 @@ def adam_step(
         decayed = value - lr * weight_decay * value if weight_decay else value
         new_params[name] = decayed - lr / first_correction * direction
     return new_params, AdamState(step, first, second)
+
+
+def muon_init(params: Params) -> Params:
+    """The momentum before the first step."""
+    return {name: torch.zeros_like(value) for name, value in params.items()}
+
+
+def muon_step(
+    params: Params, grads: Params, momentum: Params, lr: float, weight_decay: float = 0.0, *, beta: float = 0.95
+) -> tuple[Params, Params]:
+    r"""One step of Muon, for the weight matrices of hidden layers; nothing is changed in place.
+
+    With :math:`M \leftarrow \beta M + (1 - \beta) G` and the singular value decomposition
+    :math:`(1 - \beta) G + \beta M = U S V^\top`, nearly
+
+    .. math:: W \leftarrow (1 - \eta \lambda) W - \eta \sqrt{\max(1, \text{rows} / \text{columns})}\; U V^\top.
+
+    Every direction in a matrix is moved by the same amount, also those whose gradients are small. :math:`U V^\top` comes from
+    five Newton-Schulz iterations, which bring the singular values to about 0.7 to 1.2.
+
+    Args:
+        params: matrices.
+        grads: gradients of the loss, under the same names.
+        momentum: from :func:`muon_init` or the step before.
+        lr: :math:`\eta`.
+        weight_decay: :math:`\lambda`, decoupled.
+        beta: decay rate of the momentum; the author's.
+
+    Returns:
+        The new matrices and the new momentum.
+
+    Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024); equal to ``torch.optim.Muon``,
+    in the matrices' own precision instead of bfloat16.
+    """
+    momentum = {name: torch.lerp(momentum[name], grads[name], 1 - beta) for name in params}
+    by_shape: dict[torch.Size, list[str]] = {}
+    for name, value in params.items():
+        by_shape.setdefault(value.shape, []).append(name)
+    new = {}
+    for (rows, columns), names in by_shape.items():
+        directions = _orthogonalised(torch.stack([torch.lerp(grads[name], momentum[name], beta) for name in names]))
+        for name, direction in zip(names, directions, strict=True):
+            new[name] = (1 - lr * weight_decay) * params[name] - lr * max(1.0, rows / columns) ** 0.5 * direction
+    return {name: new[name] for name in params}, momentum
+
+
+def _orthogonalised(matrices: Tensor) -> Tensor:
+    """Nearly U V^T of each of the matrices (*batch, rows, columns) U S V^T."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steepest at 0, at the price of values only near 1
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    X = matrices.mT if tall else matrices
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
 
 
 def clip_by_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:

@@ -197,4 +197,4 @@ def _exact() -> Iterator[None]:
         yield
 
 
-register("nngp", for_searches(NNGP))
+register("nngp", NNGP, for_searches(NNGP))

@@ -216,4 +216,4 @@ def _of_dtype(posterior: StudentT, dtype: torch.dtype) -> StudentT:
     return StudentT(posterior.loc.to(dtype), posterior.scale.to(dtype), posterior.df)
 
 
-register("student-t", for_searches(StudentTProcess))
+register("student-t", StudentTProcess, for_searches(StudentTProcess))

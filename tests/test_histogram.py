@@ -65,6 +65,26 @@ def test_expected_improvement_by_quadrature(histogram, best):
     assert float(histogram.expected_improvement(best)) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.1), (0.4, 2.0), (-4.0, 0.5), (5.0, 1.0), (0.9, 0.01)])
+def test_expected_log_prob_by_quadrature(histogram, mean, std):
+    normal = stats.norm(mean, std)
+
+    def weighted(v):
+        return float(histogram.log_prob(torch.tensor(v, dtype=torch.float64))) * normal.pdf(v)
+
+    ends = [mean - 12 * std, mean + 12 * std]
+    pieces = sorted([*ends, mean, *[b for b in BORDERS[1:-1].tolist() if ends[0] < b < ends[1]]])
+    expected = sum(integrate.quad(weighted, a, b, limit=200)[0] for a, b in pairwise(pieces))
+    found = histogram.expected_log_prob(*torch.tensor([mean, std], dtype=torch.float64))
+    assert float(found) == pytest.approx(expected, abs=1e-7)
+
+
+def test_expected_log_prob_of_a_known_value_is_its_log_density(histogram):
+    values = torch.tensor([-5.0, -1.5, -0.5, 0.0, 0.5, 1.0, 4.0], dtype=torch.float64)
+    found = histogram.expected_log_prob(values, torch.zeros_like(values))
+    torch.testing.assert_close(found, histogram.log_prob(values), atol=1e-5, rtol=1e-5)
+
+
 def test_cdf_by_quadrature(histogram):
     pdf = density(histogram)
     for value in (-2.5, -1.0, -0.4, 0.2, 0.7, 1.0, 3.0):
@@ -93,6 +113,7 @@ def test_moments_and_improvement_of_draws(histogram):
     assert abs(z_score((draws - histogram.mean).square(), histogram.variance)) < 4
     for best in (-1.5, 0.0, 1.5):
         assert abs(z_score((draws - best).clamp_min(0), histogram.expected_improvement(best))) < 4
+        assert abs(z_score((draws > best).to(draws), histogram.probability_of_improvement(best))) < 4
     assert stats.kstest(draws[:20_000].numpy(), lambda v: histogram.cdf(torch.as_tensor(v)).numpy()).pvalue > 1e-3
 
 
@@ -239,3 +260,36 @@ def test_bad_samples():
         prior_borders(torch.tensor([0.0, math.nan, 1.0]), 5)
     with pytest.raises(ValueError, match="spread"):
         prior_borders(torch.ones(10), 5)
+
+
+def test_small_probabilities_of_improvement_keep_their_digits():
+    """Far in the upper tail: p_K erfc(d / (s sqrt 2)), where one minus the cdf is 0."""
+    law = Histogram(torch.linspace(-2, 2, 9).double(), torch.zeros(8).double(), 0.5)
+    for level in (4.0, 6.0, 9.0):
+        expected = math.erfc((level - 1.5) / (0.5 * math.sqrt(2))) / 8
+        assert float(law.probability_of_improvement(level)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_entropy_of_impossible_buckets():
+    logits = torch.tensor([0.0, -math.inf, 0.0, 0.0]).double()
+    law = Histogram(torch.linspace(-2, 2, 5).double(), logits, validate_args=False)
+    x = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
+    density = law.log_prob(x).exp()
+    expected = torch.trapezoid(torch.special.entr(density), x)
+    assert float(law.entropy()) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Histogram(torch.linspace(-2, 2, 5), torch.zeros(4), math.inf),
+            "tail_scale must be positive and finite",
+        ),
+        (lambda: prior_borders(torch.arange(50), 5), "samples must be of a floating-point dtype"),
+        (lambda: prior_borders(torch.randn(50), 5, coverage=2.0), "coverage must be in"),
+    ],
+)
+def test_more_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -307,3 +307,21 @@ def test_gaussian_view_matches_moments():
     torch.testing.assert_close(gaussian_view(copula).output_covariance.to_dense(), expected)
     with pytest.raises(TypeError, match="no Gaussian view"):
         gaussian_view(object())
+
+
+def test_a_copulas_root_is_found_when_a_draw_needs_it():
+    calls, known = [], torch.linalg.cholesky(correlations())
+
+    def root():
+        calls.append(1)
+        return known
+
+    law = Normal(torch.zeros(3, 2).double(), torch.ones(3, 2).double())
+    lazy, eager = Copula(law, root), Copula(law, known)
+    moved = lazy.affine(torch.ones(1, 2).double(), 2 * torch.ones(1, 2).double()).outputs([1])
+    assert lazy.mean.shape == (3, 2) and moved.variance.shape == (3, 1) and not calls
+    normals = torch.randn(5, 3, 2, dtype=torch.float64)
+    expected = eager.rsample_from_base_samples(torch.Size([5]), normals)
+    torch.testing.assert_close(lazy.rsample_from_base_samples(torch.Size([5]), normals), expected)
+    lazy.rsample_from_base_samples(torch.Size([5]), normals)
+    assert len(calls) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,12 +24,17 @@ class Copula(SharedNormalPosterior):
 
     Args:
         marginals: a Histogram or Normal of batch shape (*batch, q, m).
-        root: L for each output, (*batch, m, q, q).
+        root: L for each output, (*batch, m, q, q), or what finds it when the first draw needs it.
     """
 
-    def __init__(self, marginals: Distribution, root: Tensor) -> None:
-        self.marginals, self.root = marginals, root
+    def __init__(self, marginals: Distribution, root: Tensor | Callable[[], Tensor]) -> None:
+        self.marginals, self._root = marginals, root
         self._mean_like = marginals.mean
+
+    @cached_property
+    def root(self) -> Tensor:
+        """L for each output, (*batch, m, q, q)."""
+        return self._root if isinstance(self._root, Tensor) else self._root()
 
     @property
     def mean(self) -> Tensor:
@@ -47,22 +54,25 @@ class Copula(SharedNormalPosterior):
 
     def affine(self, loc: Tensor, scale: Tensor) -> Copula:
         """The posterior of ``loc + scale * f``; loc and scale are (1, m)."""
-        return Copula(affine(self.marginals, loc, scale), self.root)
+        return Copula(affine(self.marginals, loc, scale), lambda: self.root)
 
     def outputs(self, indices: list[int]) -> Copula:
         """The posterior of some of the outputs."""
-        if isinstance(self.marginals, Normal):
-            marginals: Distribution = Normal(self.marginals.loc[..., indices], self.marginals.scale[..., indices])
-        else:
-            own: Any = self.marginals
-            borders = own.borders if own.borders.dim() == 1 else own.borders[..., indices, :]
-            tails = own.tail_scale if own.tail_scale.dim() == 1 else own.tail_scale[..., indices, :]
-            marginals = Histogram(borders, own.logits[..., indices, :], tails, validate_args=False)
-        return Copula(marginals, self.root[..., indices, :, :])
+        return Copula(of_outputs(self.marginals, indices), lambda: self.root[..., indices, :, :])
 
     def transformed(self, transform: Any, X: Tensor) -> FunctionDraws:
         """The posterior of a BoTorch ``PosteriorTransform``'s value, through draws."""
         return transformed_draws(self, transform, X)
+
+
+def of_outputs(marginals: Distribution, indices: list[int]) -> Distribution:
+    """Those of a Histogram or Normal of batch shape (*batch, q, m) that belong to some of the outputs."""
+    if isinstance(marginals, Normal):
+        return Normal(marginals.loc[..., indices], marginals.scale[..., indices])
+    own: Any = marginals
+    borders = own.borders if own.borders.dim() == 1 else own.borders[..., indices, :]
+    tails = own.tail_scale if own.tail_scale.dim() == 1 else own.tail_scale[..., indices, :]
+    return Histogram(borders, own.logits[..., indices, :], tails, validate_args=False)
 
 
 def correlation_root(correlation: Tensor) -> Tensor:
@@ -82,7 +92,9 @@ def correlation_root(correlation: Tensor) -> Tensor:
         alive = (pivot > tolerance)[..., None]
         safe = torch.where(alive, pivot[..., None], torch.ones_like(pivot[..., None]))
         column = torch.where(alive, rest[..., :, k] / safe.sqrt(), torch.zeros_like(rest[..., :, k]))
-        column = torch.where(torch.arange(column.shape[-1]) >= k, column, torch.zeros_like(column))
+        column = torch.where(
+            torch.arange(column.shape[-1], device=column.device) >= k, column, torch.zeros_like(column)
+        )
         columns.append(column)
         rest = rest - column[..., :, None] * column[..., None, :]
     root = torch.stack(columns, -1)

@@ -1,4 +1,4 @@
-"""Weights that ship with the package: one safetensors file and one JSON model card per network.
+"""Weights that ship with the package: one safetensors file and one JSON model card per network, and the recipes of all.
 
-``bayesnn.inference.amortized.weights`` reads them and ``bayesnn.inference.amortized.recipes`` makes them again.
+``bayesnn.inference.amortized.weights`` reads them and ``bayesnn.inference.amortized.pretraining`` makes them again.
 """

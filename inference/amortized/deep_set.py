@@ -11,6 +11,7 @@ decoder gets the count as well; an empty context has r = 0 and count 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,10 +29,17 @@ class ContextSummary(NamedTuple):
     Attributes:
         representation: (*batch, 1, width + 2): r, the scaled log count, and the share of features in use.
         num_features: (*batch,) how many features count.
+        num_rows: n.
     """
 
     representation: Tensor
     num_features: Tensor
+    num_rows: int
+
+    def expand(self, batch: Sequence[int]) -> ContextSummary:
+        """The same for a larger batch shape."""
+        representation = self.representation.expand(*batch, *self.representation.shape[-2:])
+        return ContextSummary(representation, self.num_features.expand(*batch), self.num_rows)
 
 
 class DeepSetNetwork(Configured, nn.Module):
@@ -43,6 +51,7 @@ class DeepSetNetwork(Configured, nn.Module):
         encoder_layers: hidden layers of :math:`\\phi`.
         decoder_layers: hidden layers of :math:`\\psi`.
         smallest_std: lower bound of :math:`\\sigma_f` and :math:`\\sigma_n` in standardised units.
+        largest: magnitudes of the inputs and of the outcomes beyond which it isn't trained; None: not known.
         seed: of the initial weights.
     """
 
@@ -53,9 +62,11 @@ class DeepSetNetwork(Configured, nn.Module):
         encoder_layers: int = 3,
         decoder_layers: int = 4,
         smallest_std: float = 1e-3,
+        largest: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.largest = largest
         self.max_features, self.smallest_std = max_features, smallest_std
         self.encoder = _mlp(max_features + 1, width, encoder_layers, width)
         self.decoder = _mlp(max_features + width + 2, width, decoder_layers, 3)
@@ -67,6 +78,16 @@ class DeepSetNetwork(Configured, nn.Module):
             last = self.decoder[-1]
             assert isinstance(last, nn.Linear)
             last.weight.mul_(0.1)  # start near the same prediction everywhere
+
+    @property
+    def hidden_matrices(self) -> frozenset[str]:
+        """Names of the weight matrices between the first and the last of the encoder and of the decoder."""
+        names = [
+            f"{part}.{2 * index}.weight"
+            for part, depth in (("encoder", len(self.encoder)), ("decoder", len(self.decoder)))
+            for index in range(1, depth // 2)
+        ]
+        return frozenset(names)
 
     def forward(
         self, context_X: Tensor, context_y: Tensor, X: Tensor, num_features: Tensor | None = None
@@ -95,11 +116,23 @@ class DeepSetNetwork(Configured, nn.Module):
         batch, n, d = context_X.shape[:-2], context_X.shape[-2], context_X.shape[-1]
         if num_features is None:
             num_features = torch.full(batch, d, device=context_X.device)
-        features = num_features.to(context_X)
-        pooled = self.encoder(torch.cat([self._pad(context_X, features), context_y], -1)).sum(-2) / max(n, 1)
+        return self._summary(self._total(context_X, context_y, num_features), n, num_features)
+
+    def extend(self, summary: ContextSummary, X: Tensor, y: Tensor) -> ContextSummary:
+        """The summary with more rows, (*batch, k, d) and (*batch, k, 1): the same as of all rows at once."""
+        width = summary.representation.shape[-1] - 2
+        total = summary.representation[..., 0, :width] * max(summary.num_rows, 1)
+        total = total + self._total(X, y, summary.num_features)
+        return self._summary(total, summary.num_rows + X.shape[-2], summary.num_features)
+
+    def _total(self, X: Tensor, y: Tensor, num_features: Tensor) -> Tensor:
+        return self.encoder(torch.cat([self._pad(X, num_features.to(X)), y], -1)).sum(-2)
+
+    def _summary(self, total: Tensor, n: int, num_features: Tensor) -> ContextSummary:
+        features = num_features.to(total)
         count = torch.full_like(features, math.log1p(n) / 6)
-        representation = torch.cat([pooled, count[..., None], features[..., None] / self.max_features], -1)
-        return ContextSummary(representation[..., None, :], num_features)
+        representation = torch.cat([total / max(n, 1), count[..., None], features[..., None] / self.max_features], -1)
+        return ContextSummary(representation[..., None, :], num_features, n)
 
     def query(self, summary: ContextSummary, X: Tensor) -> Tensor:
         """Mean, std of f and std of the noise at queries.
@@ -118,6 +151,8 @@ class DeepSetNetwork(Configured, nn.Module):
         return torch.stack([mean, self.smallest_std + F.softplus(f_std), self.smallest_std + F.softplus(noise_std)], -1)
 
     def _pad(self, X: Tensor, num_features: Tensor) -> Tensor:
+        if X.shape[-1] > self.max_features:
+            raise ValueError(f"X must have at most {self.max_features} columns, found {X.shape[-1]}")
         scaled = X * (self.max_features / num_features).sqrt()[..., None, None]
         return F.pad(scaled, (0, self.max_features - X.shape[-1]))
 

@@ -1,43 +1,52 @@
 """Models whose network has learned to answer from data: ``fit`` sets the context, a forward pass is the posterior.
 
 The networks predict every point by itself. Points are tied together by a Gaussian copula, whose correlations the network
-gives too: how far the prediction at one point moves when an observation at another comes out one standard deviation high.
+gives too: how far the prediction at one point moves when an observation at another comes out one standard deviation high. Or
+points are drawn one after the other, each given those before it.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from bayesnn.data import Data
-from bayesnn.distributions import affine
+from bayesnn.checks import count
+from bayesnn.data import BayesnnWarning, Data, Scaling
+from bayesnn.functions import FunctionDraw
 from bayesnn.histogram import Histogram
+from bayesnn.inference.amortized.autoregressive import Autoregressive
+from bayesnn.inference.amortized.correlations import Context, correlations, same_points
+from bayesnn.inference.amortized.localised import nearest_output
 from bayesnn.inference.amortized.meta_training import MetaTarget, MetaTraining
-from bayesnn.inference.amortized.tasks import TaskPrior, standardise_context
-from bayesnn.inference.amortized.weights import load_pretrained
+from bayesnn.inference.amortized.ranges import (
+    FAR,
+    Bounds,
+    bounded_scaling,
+    check_bounds,
+    check_range,
+    outlier,
+    outside,
+    pairs,
+)
+from bayesnn.inference.amortized.tasks import TaskPrior
+from bayesnn.inference.amortized.weights import load_pretrained, pretrained_names
 from bayesnn.inference.run import run
 from bayesnn.likelihoods import Likelihood
 from bayesnn.model import Model
 from bayesnn.posteriors import Copula, correlation_root
 from bayesnn.predictive import Predictive
 
-MIN_SHARE = 0.01
-"""Least share of the variance of f that a network's answer to an observation at the same point implies; guards a root."""
+MAX_SHARE = 0.9999
+"""Most of the variance of y that is f's: where noise is scarce, a network's two answers may contradict each other."""
 
-
-class Context(NamedTuple):
-    """Observations, encoded: inputs (*batch, n, d), outcomes (*batch, m, n, 1), the network's cache, and the units."""
-
-    X: Tensor
-    Y: Tensor
-    cache: Any
-    loc: Tensor
-    scale: Tensor
+Joint = Literal["copula", "autoregressive"]
 
 
 class AmortizedModel(Model):
@@ -48,31 +57,57 @@ class AmortizedModel(Model):
             ``DeepSetNetwork``), or the name of one that ships with the package.
         likelihood: what the network's head stands for.
         max_context: more rows than it was trained on are refused; None: as the shipped network's card says, or no limit.
+        bounds: known bounds (low, high) of all inputs, or one pair for each: [low, high] becomes the interval around 0 over
+            which a uniform variable has variance 1. None: columns are standardised by their own mean and deviation.
+        joint: how points are tied together, "copula" or "autoregressive".
+        neighbours: each query sees this many rows, the nearest ones, and there may be any number of rows; None: all.
 
     Raises:
-        ValueError: if no network of that name ships.
+        ValueError: if no network of that name ships, for bounds that don't increase, another ``joint``, more neighbours than
+            the network was trained on, or neighbours of autoregressive draws.
     """
 
     prefix: ClassVar[str] = ""
 
-    def __init__(self, network: nn.Module | str, likelihood: Likelihood, max_context: int | None) -> None:
+    def __init__(
+        self,
+        network: nn.Module | str,
+        likelihood: Likelihood,
+        max_context: int | None,
+        bounds: Bounds | None = None,
+        joint: Joint = "copula",
+        neighbours: int | None = None,
+    ) -> None:
         super().__init__(likelihood)
+        if joint not in ("copula", "autoregressive"):
+            raise ValueError(f"joint must be 'copula' or 'autoregressive', found {joint!r}")
+        self.joint = joint
+        self.bounds = None if bounds is None else pairs(bounds)
         if isinstance(network, str):
+            names = [
+                name.removeprefix(f"{self.prefix}-")
+                for name in pretrained_names()
+                if name.startswith(f"{self.prefix}-")
+            ]
+            if network not in names:
+                raise ValueError(f"network must be one of {', '.join(names)}, or a network; found {network!r}")
             network, card = load_pretrained(f"{self.prefix}-{network}")
             max_context = card["max_context"] if max_context is None else max_context
+        wanted = ("encode", "query", "distributions", "max_features")
+        if not isinstance(network, nn.Module) or not all(hasattr(network, name) for name in wanted):
+            raise TypeError(f"network must be a module with {', '.join(wanted)}, found {type(network).__name__}")
+        max_context = None if max_context is None else count("max_context", max_context, least=0)
         self.network: Any
         self._own: Any
         self.network, self.max_context = network, max_context
+        self.neighbours = None if neighbours is None else count("neighbours", neighbours)
+        if self.neighbours is not None and self.neighbours > (max_context or math.inf):
+            raise ValueError(
+                f"neighbours must be at most {max_context}, as many rows as the network was trained on, found {neighbours}"
+            )
+        if self.neighbours is not None and joint == "autoregressive":
+            raise ValueError("neighbours must be None for autoregressive draws, whose context is one for all points")
         self._context: Context
-
-    @classmethod
-    def from_pretrained(cls, name: str = "gp-small") -> Self:
-        """The model with a network that ships with the package; needs no connection.
-
-        Raises:
-            ValueError: if there is none of this name.
-        """
-        return cls(name)  # type: ignore[call-arg]
 
     def meta_fit(
         self,
@@ -93,12 +128,17 @@ class AmortizedModel(Model):
             checkpoint: a folder from which an interrupted training goes on with the same result.
 
         Returns:
-            The model itself, with a trained copy of the network.
+            The model itself, with a trained copy of the network; a fit before is forgotten. The limits of values are not known
+            any more, and a histogram's borders are those of the prior before.
         """
+        count("seed", seed, least=0)
         training = MetaTraining() if training is None else training
-        network = copy.deepcopy(self.network).train().requires_grad_(False)
+        network = _without_range(self.network).train().requires_grad_(False)
         run(training, MetaTarget(network, prior), seed=seed, progress=progress, checkpoint=checkpoint)
         self.network, self.max_context = network.eval(), training.max_context
+        if self.neighbours is not None:
+            self.neighbours = min(self.neighbours, max(1, training.max_context))
+        self._data = None
         return self
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
@@ -108,12 +148,41 @@ class AmortizedModel(Model):
             raise ValueError(
                 f"X must have at most {limit} columns, as many as the network was trained on; found {num_features}"
             )
-        if self.max_context is not None and num_rows > self.max_context:
+        if self.max_context is not None and self.neighbours is None and num_rows > self.max_context:
             raise ValueError(
                 f"X must have at most {self.max_context} rows, as many as the network was trained on; found {num_rows}. "
-                "Take a subset, or train a network with a larger max_context"
+                "Take a subset, let each query see some neighbours, or train a network with a larger max_context"
             )
+        check_range(self.network.largest, data.X, data.Y)
+        if self.network.largest is not None:
+            # Of inputs, one column is lost; of outcomes, everything.
+            found = None if self.bounds is not None else outlier(data.X)
+            if found is not None:
+                warnings.warn(f"X: {found}", BayesnnWarning, stacklevel=3)
+            found = outlier(data.Y) if self.likelihood.standardises else None
+            if found is not None:
+                raise ValueError(f"Y can't be used: {found}")
+        if num_rows == 1 and self.likelihood.standardises:
+            warnings.warn("Y has one row, which says nothing of its scale: 1 is taken", BayesnnWarning, stacklevel=3)
         self._set_context(data)
+
+    def _scaled(self, X: Any) -> Tensor:
+        scaled = super()._scaled(X)
+        largest = (self.network.largest or [math.inf])[0]
+        where = None
+        if outside(self.bounds, torch.as_tensor(X).detach()):
+            where = "outside the bounds"
+        elif scaled.numel() and float(scaled.detach().abs().max()) > FAR * largest:
+            where = f"over {FAR * largest:.1f} standard deviations from its mean, twice as far as anything in training"
+        if where is not None:
+            message = f"X is {where}: the network can't say how little it knows there"
+            warnings.warn(message, BayesnnWarning, stacklevel=3)
+        return scaled
+
+    def _input_scaling(self, X: Tensor) -> Scaling:
+        if self.bounds is None:
+            return super()._input_scaling(X)
+        return bounded_scaling(self.bounds, X)
 
     def _set_context(self, data: Data) -> None:
         # In the data's dtype, so that gradients of a float64 acquisition function are float64.
@@ -121,84 +190,66 @@ class AmortizedModel(Model):
         self._context = self._encode(data.X, data.Y.T.unsqueeze(-1))
 
     def _encode(self, X: Tensor, Y: Tensor) -> Context:
-        loc, scale = standardise_context(Y)
+        n, k = X.shape[-2], self.neighbours
+        if k is None or n <= k:
+            return self._encode_all(X, Y)
+        some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values
+        return Context(X, Y, None, self._encode_all(X[..., some, :], Y[..., some, :]))
+
+    def _encode_all(self, X: Tensor, Y: Tensor) -> Context:
         rows = X.unsqueeze(-3).expand(*Y.shape[:-2], *X.shape[-2:])
-        return Context(X, Y, self._own.encode(rows, (Y - loc) / scale), loc, scale)
+        return Context(X, Y, self._own.encode(rows, Y))
 
-    def _marginals(self, context: Context, X: Tensor) -> tuple[Distribution, Distribution]:
+    def _marginals(self, context: Context, X: Tensor) -> tuple[Distribution, ...]:
         """The distributions of f and y at X (*batch, q, d) by themselves, batch shape (*batch, q, m)."""
+        if context.cache is None:
+            assert self.neighbours is not None
+            return self._own.distributions(nearest_output(self._own, context.X, context.Y, X, self.neighbours))
         output = self._own.query(context.cache, X.unsqueeze(-3))  # (*batch, m, q, …)
-        outputs_at = max(X.dim() - 2, context.loc.dim() - 3)
-        units = (context.loc.squeeze(-1).mT, context.scale.squeeze(-1).mT)
-        f, y = self._own.distributions(output.transpose(outputs_at, outputs_at + 1))
-        return affine(f, *units), affine(y, *units)
+        outputs_at = max(X.dim(), context.Y.dim() - 1) - 2
+        return self._own.distributions(output.transpose(outputs_at, outputs_at + 1))
 
-    def _latent(self, X: Tensor) -> Copula:
+    def _latent(self, X: Tensor) -> Any:
         return self._joint(X, of_observations=False)
 
-    def _observations(self, latent: Any, X: Tensor) -> Copula:
+    def _observations(self, latent: Any, X: Tensor) -> Copula | Autoregressive:
         return self._joint(X, of_observations=True)
 
-    def _joint(self, X: Tensor, of_observations: bool) -> Copula:
+    def _joint(self, X: Tensor, of_observations: bool) -> Copula | Autoregressive:
+        if self.joint == "autoregressive":
+            num_rows = self._context.X.shape[-2]
+            most = None if self.max_context is None else self.max_context - num_rows + 1
+            return Autoregressive(self._own, self._context.cache, X, of_observations, most)
         f, y = self._marginals(self._context, X)
-        correlation = self._correlation(X, f, y)
-        if of_observations:
-            # Noise is independent from point to point: it only dilutes the correlations.
-            share = (f.variance / y.variance).clamp_max(1).sqrt().mT
-            diluted = correlation * share.unsqueeze(-1) * share.unsqueeze(-2)
-            return Copula(y, correlation_root(diluted + torch.diag_embed(1 - share.square())))
-        root = correlation_root(correlation)
-        # A point that comes again is the same function value, to the last bit.
-        first = _same_points(X).to(torch.int8).argmax(-1).unsqueeze(-1)
-        return Copula(f, root.gather(-2, first.expand(root.shape)))
+
+        def root() -> Tensor:
+            correlation = correlations(self._marginals, self._encode_all, self._context, X)
+            if of_observations:
+                # Noise is independent from point to point: it only dilutes the correlations.
+                share = (f.variance / y.variance).clamp_max(1).sqrt().mT
+                diluted = correlation * share.unsqueeze(-1) * share.unsqueeze(-2)
+                return correlation_root(diluted + torch.diag_embed(1 - share.square()))
+            found = correlation_root(correlation)
+            # A point that comes again is the same function value, to the last bit.
+            first = same_points(X).to(torch.int8).argmax(-1).unsqueeze(-1)
+            return found.gather(-2, first.expand(found.shape))
+
+        return Copula(y if of_observations else f, root)  # which only draws need: it costs q contexts
 
     def _predictive(self, X: Tensor) -> Predictive:
         f, y = self._marginals(self._context, X)
-        function_var = torch.minimum(f.variance, y.variance).unsqueeze(-3)
+        function_var = torch.minimum(f.variance, MAX_SHARE * y.variance).unsqueeze(-3)
         return Predictive(_with_draw_dimension(y), function_var=function_var)
 
-    def _correlation(self, X: Tensor, f: Distribution, y: Distribution) -> Tensor:
-        r"""Correlations of f between the points of each t-batch element, (*batch, m, q, q).
+    def draw_functions(self, num_draws: int, seed: int = 0) -> FunctionDraw:
+        """As ``Model.draw_functions``, of the copula.
 
-        :math:`\mathrm{Cov}(f_i, f_j) = \sigma_{y_i} (E[f_j \mid y_i = \mu_i + \sigma_{y_i}] - E[f_j])` for jointly
-        Gaussian values. A network needn't agree with itself on i and j exchanged, nor on the variance at i = j; the mean
-        of both and that variance are taken. So the order of points doesn't matter, and points that come close to each
-        other have a correlation that goes to one: draws are continuous. Points with the same inputs are the same point.
+        Raises:
+            TypeError: for autoregressive draws, which depend on what points are asked for and in what order.
         """
-        q = X.shape[-2]
-        if q == 1:
-            return f.mean.new_ones(f.mean.mT.unsqueeze(-1).shape)
-        num_shared = _num_shared_rows(X) if self._context.X.dim() == 2 else 0
-        columns = []
-        for rows in (slice(0, num_shared), slice(num_shared, q)):
-            if rows.start == rows.stop:
-                continue
-            # Rows that all t-batch elements share (a baseline, pending points) are conditioned on once for all of them.
-            one = (0,) * (X.dim() - 2) if rows.start < num_shared else (...,)
-            own_mean, own_std = y.mean[one][..., rows, :], y.stddev[one][..., rows, :]
-            shifted = self._conditional_mean(X, X[one][..., rows, :], own_mean + own_std)
-            shift = shifted - f.mean.mT.unsqueeze(-2)  # (*batch, m, rows, q)
-            columns.append((shift * own_std.mT.unsqueeze(-1)).mT)
-        covariance = torch.cat(columns, -1)
-        covariance = 0.5 * (covariance + covariance.mT)
-        own = covariance.diagonal(dim1=-2, dim2=-1)
-        scale = torch.maximum(own, MIN_SHARE * f.variance.mT).sqrt()
-        correlation = (covariance / (scale.unsqueeze(-1) * scale.unsqueeze(-2))).clamp(-1, 1)
-        return torch.where(_same_points(X), torch.ones_like(correlation), correlation)
-
-    def _conditional_mean(self, X: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-        """E[f(X) | D and y = values at one of the rows], for each row: (*batch, m, rows, q)."""
-        old = self._context
-        m, n = old.Y.shape[-3], old.X.shape[-2]
-        batch = torch.broadcast_shapes(rows.shape[:-2], old.X.shape[:-2])
-        k, d = rows.shape[-2:]
-        more_X = torch.cat(
-            [old.X.unsqueeze(-3).expand(*batch, k, n, d), rows.unsqueeze(-2).expand(*batch, k, 1, d)], -2
-        )
-        old_Y = old.Y.unsqueeze(-4).expand(*batch, k, m, n, 1)
-        more_Y = torch.cat([old_Y, values[..., None, None].expand(*batch, k, m, 1, 1)], -2)
-        f, _ = self._marginals(self._encode(more_X, more_Y), X.unsqueeze(-3))
-        return f.mean.movedim(-1, -3)  # (*batch, rows, q, m) -> (*batch, m, rows, q)
+        if self.joint == "autoregressive":
+            raise TypeError("autoregressive draws are no functions: they depend on the points and their order")
+        return super().draw_functions(num_draws, seed)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -208,6 +259,14 @@ class AmortizedModel(Model):
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
         """The model with more rows in its context: X (*batch, q, d), Y (*fantasies, *batch, q, m). Needs no training."""
         scaled, observed = self._observed(X, Y)
+        most, total = self.max_context, self._context.X.shape[-2] + scaled.shape[-2]
+        if most is not None and self.neighbours is None and total > most:
+            raise ValueError(
+                f"X must leave the model with at most {most} rows, as many as the network was trained on, found {total}: "
+                "let each query see some neighbours"
+            )
+        check_bounds(self.bounds, torch.as_tensor(X))
+        check_range(self.network.largest, scaled, observed)
         standardised, old = observed.mT.unsqueeze(-1), self._context  # (*fantasies, *batch, m, q, 1)
         batch = standardised.shape[:-3]
         rows = torch.cat([old.X.expand(*batch, *old.X.shape[-2:]), scaled.expand(*batch, *scaled.shape[-2:])], -2)
@@ -217,7 +276,8 @@ class AmortizedModel(Model):
         return conditioned
 
     def _saved_arguments(self) -> dict[str, Any]:
-        return {"network": self.network, "max_context": self.max_context}
+        names = ("network", "max_context", "bounds", "joint", "neighbours")
+        return {name: getattr(self, name) for name in names}
 
     def _state(self) -> dict[str, Tensor]:
         return dict(self.network.state_dict())
@@ -228,16 +288,14 @@ class AmortizedModel(Model):
         self._set_context(self._data)
 
 
-def _same_points(X: Tensor) -> Tensor:
-    """Which points have the same inputs, (*batch, 1, q, q)."""
-    return (X.unsqueeze(-2) == X.unsqueeze(-3)).all(-1).unsqueeze(-3)
-
-
-def _num_shared_rows(X: Tensor) -> int:
-    """How many leading rows all t-batch elements have in common, X (*batch, q, d)."""
-    flat = X.detach().reshape(-1, *X.shape[-2:])
-    differs = (flat != flat[:1]).any(-1).any(0)
-    return int(differs.nonzero()[0]) if bool(differs.any()) else X.shape[-2]
+def _without_range(network: nn.Module) -> Any:
+    """A copy that knows no largest values: those are of the prior before."""
+    arguments = getattr(network, "_arguments", {})
+    if "largest" not in arguments:
+        return copy.deepcopy(network)
+    twin = type(network)(**arguments | {"largest": None})
+    twin.load_state_dict(network.state_dict())
+    return twin.to(next(network.parameters()))
 
 
 def _with_draw_dimension(distribution: Distribution) -> Distribution:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
-from bayesnn.inference.amortized.model import AmortizedModel
+from bayesnn.inference.amortized.model import AmortizedModel, Bounds, Joint
+from bayesnn.inference.amortized.transformer import SetClassifier
 from bayesnn.likelihoods import Histogram
 from bayesnn.registry import register
 
@@ -14,22 +15,48 @@ from bayesnn.registry import register
 class PFN(AmortizedModel):
     """A transformer that has seen data sets from a prior and answers with the posterior predictive in one forward pass.
 
-    Its prediction is a histogram with tails, so that it need not be Gaussian. What it knows is its prior: the shipped
-    "gp-small" learned from Gaussian processes with 1 to 10 features and contexts of at most 400 rows, noisy or not, from
-    smooth to linear (see its card). It answers anything else as if it were one of those.
+    Its prediction is a histogram with tails, so that it need not be Gaussian. What it knows is its prior, see the network's
+    card: "regression" learned from Gaussian processes and random networks of 1 to 10 features, with at most 400 rows; "bo"
+    from objectives as optimisation meets them, of 1 to 8 features, at most 100 rows; "gp-small" from Gaussian processes of
+    1 or 2 features with hyperparameters from a small set. It answers anything else as if it were one of those, and refuses
+    more rows, more features and values far outside what it was trained on (with ``neighbours`` there may be any number of
+    rows).
 
     Args:
-        network: a ``SetTransformer``, or the name of one that ships; "gp-small" by default.
+        network: a ``SetTransformer``, or the name of one that ships; "regression" by default.
         max_context: most rows; None: what the card says, or no limit.
+        bounds: known bounds (low, high) of all inputs, or one pair for each, as search spaces have; None: inputs are
+            standardised by their own means and deviations.
+        joint: what ties points together: a Gaussian "copula", or draws one after the other ("autoregressive").
+        neighbours: each query sees this many rows, the nearest ones (of standardised inputs); then there may be any number of
+            rows, and the bias that all rows leave vanishes as they grow (Nagler, ICML 2023); but every query has a context of
+            its own to encode. None: all rows.
 
     Raises:
-        ValueError: if no network of that name ships; at fit, for more rows or columns than it was trained on.
+        ValueError: if no network of that name ships, for bounds that don't increase, or another ``joint``; at fit, for more
+            rows or columns
+            than it was trained on, for inputs outside the bounds, and for values far from all that it was trained on.
     """
 
     prefix: ClassVar[str] = "pfn"
 
-    def __init__(self, network: nn.Module | str = "gp-small", max_context: int | None = None) -> None:
-        super().__init__(network, Histogram(), max_context)
+    def __init__(
+        self,
+        network: nn.Module | str = "regression",
+        max_context: int | None = None,
+        bounds: Bounds | None = None,
+        joint: Joint = "copula",
+        neighbours: int | None = None,
+    ) -> None:
+        super().__init__(network, Histogram(), max_context, bounds, joint, neighbours)
+        if isinstance(self.network, SetClassifier):
+            raise TypeError("network must answer with histograms, found a SetClassifier: that is PFNClassifier's")
 
 
-register("pfn", PFN)
+def _for_searches(**options: Any) -> PFN:
+    """A search that outgrows the network's training looks at the nearest rows, if draws let it."""
+    neighbours = None if options.get("joint") == "autoregressive" else 100
+    return PFN(**{"network": "bo", "bounds": (0.0, 1.0), "neighbours": neighbours} | options)
+
+
+register("pfn", PFN, _for_searches)

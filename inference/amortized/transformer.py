@@ -1,4 +1,4 @@
-"""A set transformer that maps a data set and query inputs to histograms of f and of y at the queries.
+"""Set transformers that map a data set and query inputs to what is known of the outcomes at the queries.
 
 Rows are tokens without positions, so the order of the context doesn't matter. Context rows attend to context rows,
 queries to context rows only, in separate attention calls: no N x N mask is ever built, queries can't see each other,
@@ -6,26 +6,32 @@ and the context's keys and values can be computed once and reused for any querie
 key and value besides the rows', so that an empty context is an ordinary one; the mass on it also tells the network
 how many rows there are.
 
-Source: Müller et al., Transformers can do Bayesian inference (ICLR 2022). Two heads over one trunk: the histogram of
-the latent function value and that of an observation, so that epistemic and aleatoric uncertainty come apart.
+Heads look at distances too, see ``attention``.
+
+Source: Müller et al., Transformers can do Bayesian inference (ICLR 2022). For regression there are two heads over one trunk:
+the histogram of the latent function value and that of an observation, so that epistemic and aleatoric uncertainty come apart.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
+from bayesnn.checks import count, positives
 from bayesnn.configured import Configured
 from bayesnn.histogram import Histogram
+from bayesnn.inference.amortized.attention import DistanceLayer
 
 
 class ContextCache(NamedTuple):
-    """What queries need of the context: for each layer keys and values, (*batch, heads, n+1, width per head).
+    """What queries need of the context: for each layer keys and values, (*batch, heads, n+1, width of keys or of values).
 
     Attributes:
         keys: one per layer, the null key last.
@@ -39,13 +45,168 @@ class ContextCache(NamedTuple):
     summary: Tensor
     num_features: Tensor
 
+    def expand(self, batch: Sequence[int]) -> ContextCache:
+        """The same for a larger batch shape."""
+        keys, values = ([part.expand(*batch, *part.shape[-3:]) for part in parts] for parts in (self.keys, self.values))
+        summary = self.summary.expand(*batch, *self.summary.shape[-2:])
+        return ContextCache(tuple(keys), tuple(values), summary, self.num_features.expand(*batch))
 
-class SetTransformer(Configured, nn.Module):
-    """Transformer from (context, query inputs) to two histograms per query.
+
+class _SetTransformer(Configured, nn.Module):
+    """The trunk, from embedded rows to ``num_outputs`` numbers for each query; subclasses say what these are.
 
     X is multiplied by :math:`\\sqrt{d_\\max / d}` and padded with zeros to :math:`d_\\max` columns, so that a row's
     squared norm doesn't depend on the number d of features in use. Inputs are expected with columns of about mean 0
-    and standard deviation 1, outcomes standardised by :func:`bayesnn.inference.amortized.tasks.standardise_context`.
+    and standard deviation 1.
+    """
+
+    def __init__(
+        self,
+        max_features: int,
+        outcome_size: int,
+        num_outputs: int,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        expansion: int,
+        largest: Sequence[float] | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        sizes = {"max_features": max_features, "width": width, "num_layers": num_layers, "num_heads": num_heads}
+        sizes |= {"expansion": expansion}
+        count("seed", seed, least=0)
+        if largest is not None:
+            positives("largest", largest)
+        for name, value in sizes.items():
+            count(name, value)
+        self.largest = largest
+        if width % num_heads:
+            raise ValueError(f"num_heads must divide width, got {num_heads} and {width}")
+        self.max_features, self.num_outputs = max_features, num_outputs
+        self.embed_x = nn.Sequential(nn.Linear(max_features, width), nn.GELU(), nn.Linear(width, width))
+        self.embed_y = nn.Linear(outcome_size, width)
+        self.embed_size = nn.Linear(2, width)
+        self.query_token = nn.Parameter(torch.zeros(width))
+        self.layers = nn.ModuleList(DistanceLayer(width, num_heads, expansion, max_features) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, num_outputs))
+        generator = torch.Generator().manual_seed(seed)
+        _initialise(self, generator)
+        for layer in self._blocks:
+            layer.start()
+
+    def forward(self, context_X: Tensor, context_y: Tensor, X: Tensor, num_features: Tensor | None = None) -> Any:
+        """The distributions at every query by itself.
+
+        Args:
+            context_X: (*batch, n, d), n may be 0.
+            context_y: (*batch, n, 1).
+            X: (*batch, q, d).
+            num_features: (*batch,) for padded inputs; default: all d count.
+        """
+        return self.distributions(self.query(self.encode(context_X, context_y, num_features), X))
+
+    def distributions(self, output: Tensor) -> Any:
+        """Of the numbers that :meth:`query` gives."""
+        raise NotImplementedError
+
+    def _outcomes(self, y: Tensor) -> Tensor:
+        """What is embedded of outcomes (*batch, n, 1)."""
+        return y
+
+    def encode(self, context_X: Tensor, context_y: Tensor, num_features: Tensor | None = None) -> ContextCache:
+        """Run the context through the network once; the arguments are those of :meth:`forward`."""
+        batch, n, d = context_X.shape[:-2], context_X.shape[-2], context_X.shape[-1]
+        if num_features is None:
+            num_features = torch.full(batch, d, device=context_X.device)
+        features = num_features.to(context_X)
+        summary = self._summary(n, features)
+        places = self._places(context_X, features)
+        tokens = self.embed_x(places) + self.embed_y(self._outcomes(context_y)) + summary
+        tokens, places = (part.reshape(math.prod(batch), n, part.shape[-1]) for part in (tokens, places))
+        keys, values = [], []
+        for index, layer in enumerate(self._blocks):
+            key, value = layer.keys_and_values(tokens, places)
+            keys.append(key.reshape(*batch, *key.shape[1:]))
+            values.append(value.reshape(*batch, *value.shape[1:]))
+            if index + 1 < len(self._blocks):
+                tokens = layer(tokens, places, key, value)
+        return ContextCache(tuple(keys), tuple(values), summary, num_features)
+
+    def extend(self, cache: ContextCache, X: Tensor, y: Tensor) -> ContextCache:
+        """The cache with more rows, (*batch, k, d) and (*batch, k, 1), which attend to the context and to each other.
+
+        The context's own keys and values stay as they are, without having seen the new rows; so this is cheaper than encoding
+        everything anew, and not quite the same unless the context was empty.
+        """
+        batch, n = cache.num_features.shape, cache.keys[0].shape[-2] - 1 + X.shape[-2]
+        features = cache.num_features.to(X)
+        summary, places = self._summary(n, features), self._places(X, features)
+        tokens = self.embed_x(places) + self.embed_y(self._outcomes(y)) + summary
+        tokens, places = (part.reshape(math.prod(batch), *part.shape[-2:]) for part in (tokens, places))
+        keys, values = [], []
+        for layer, old_key, old_value in zip(self._blocks, cache.keys, cache.values, strict=True):
+            new = (
+                part[..., :-1, :].reshape(*batch, *part.shape[-3:-2], -1, part.shape[-1])
+                for part in layer.keys_and_values(tokens, places)
+            )
+            key, value = (torch.cat([one, old], -2) for one, old in zip(new, (old_key, old_value), strict=True))
+            tokens = layer(tokens, places, *(part.reshape(len(tokens), *part.shape[-3:]) for part in (key, value)))
+            keys.append(key)
+            values.append(value)
+        return ContextCache(tuple(keys), tuple(values), summary, cache.num_features)
+
+    def query(self, cache: ContextCache, X: Tensor) -> Tensor:
+        """What the head gives at queries.
+
+        Args:
+            cache: from :meth:`encode`, for contexts with batch shape ``batch``.
+            X: (*extra, *batch, q, d); dimensions of size 1 in place of ``batch`` broadcast.
+
+        Returns:
+            (*extra, *batch, q, num_outputs).
+        """
+        batch = cache.num_features.shape
+        shape = torch.broadcast_shapes(X.shape[:-2], batch)
+        q, d = X.shape[-2:]
+        num_batch, num_extra = math.prod(batch), math.prod(shape[: len(shape) - len(batch)])
+        rows = X.expand(*shape, q, d).reshape(num_extra, num_batch, q, d).movedim(0, 1).reshape(num_batch, -1, d)
+        features = cache.num_features.to(X).reshape(num_batch)
+        places = self._places(rows, features)
+        tokens = self.embed_x(places) + self.query_token + cache.summary.reshape(num_batch, 1, -1)
+        for layer, key, value in zip(self._blocks, cache.keys, cache.values, strict=True):
+            key, value = (part.reshape(num_batch, *part.shape[-3:]) for part in (key, value))
+            tokens = layer(tokens, places, key, value)
+        output = self.head(self.norm(tokens)).reshape(num_batch, num_extra, q, self.num_outputs).movedim(1, 0)
+        return output.reshape(*shape, q, self.num_outputs)
+
+    @property
+    def hidden_matrices(self) -> frozenset[str]:
+        """Names of the weight matrices between the embeddings and the head."""
+        return frozenset(f"layers.{name}" for name, value in self.layers.named_parameters() if value.ndim == 2)
+
+    @property
+    def _blocks(self) -> list[DistanceLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DistanceLayer)]
+
+    def _summary(self, n: int, num_features: Tensor) -> Tensor:
+        size = [torch.full_like(num_features, math.log1p(n) / 6), num_features / self.max_features]
+        return self.embed_size(torch.stack(size, -1))[..., None, :]
+
+    def _places(self, X: Tensor, num_features: Tensor) -> Tensor:
+        if X.shape[-1] > self.max_features:
+            raise ValueError(f"X must have at most {self.max_features} columns, found {X.shape[-1]}")
+        scaled = X * (self.max_features / num_features).sqrt()[..., None, None]
+        return F.pad(scaled, (0, self.max_features - X.shape[-1]))
+
+
+class SetTransformer(_SetTransformer):
+    """From (context, query inputs) to two histograms for each query: of the function value and of an observation.
+
+    X is multiplied by :math:`\\sqrt{d_\\max / d}` and padded with zeros to :math:`d_\\max` columns, so that a row's
+    squared norm doesn't depend on the number d of features in use. Inputs are expected with columns of about mean 0
+    and standard deviation 1, and so are the outcomes.
 
     Args:
         max_features: :math:`d_\\max`.
@@ -55,6 +216,7 @@ class SetTransformer(Configured, nn.Module):
         num_layers: blocks of attention and MLP, normalised before each (pre-norm).
         num_heads: attention heads; divides ``width``.
         expansion: hidden size of the MLPs over ``width``.
+        largest: magnitudes of the inputs and of the outcomes beyond which it isn't trained; None: not known.
         seed: of the initial weights.
 
     Raises:
@@ -70,136 +232,71 @@ class SetTransformer(Configured, nn.Module):
         num_layers: int = 6,
         num_heads: int = 4,
         expansion: int = 2,
+        largest: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if width % num_heads:
-            raise ValueError(f"num_heads must divide width, got {num_heads} and {width}")
-        self.max_features, self.num_buckets = max_features, len(borders) - 1
+        if len(borders) < 4 or not all(low < high for low, high in pairwise(borders)):
+            raise ValueError(f"borders must be at least 4 increasing numbers, found {len(borders)}")
+        if not all(math.isfinite(border) for border in borders):
+            raise ValueError("borders must be finite")
+        if len(tail_scales) != 2 or not all(0 < scale < math.inf for scale in tail_scales):
+            raise ValueError(f"tail_scales must be two positive numbers, found {list(tail_scales)}")
+        self.num_buckets = len(borders) - 1
+        super().__init__(max_features, 1, 2 * self.num_buckets, width, num_layers, num_heads, expansion, largest, seed)
         self.borders: Tensor
         self.tail_scales: Tensor
-        self.register_buffer("borders", torch.tensor(borders))
-        self.register_buffer("tail_scales", torch.tensor(tail_scales))
-        self.embed_x = nn.Sequential(nn.Linear(max_features, width), nn.GELU(), nn.Linear(width, width))
-        self.embed_y = nn.Linear(1, width)
-        self.embed_size = nn.Linear(2, width)
-        self.query_token = nn.Parameter(torch.zeros(width))
-        self.layers = nn.ModuleList(_Layer(width, num_heads, expansion) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2 * self.num_buckets))
-        generator = torch.Generator().manual_seed(seed)
-        _initialise(self, generator)
-        for layer in self._blocks:
-            layer.start_as_identity()
+        self._borders, self._tail_scales = ([float(value) for value in values] for values in (borders, tail_scales))
+        self.register_buffer("borders", torch.tensor(self._borders))
+        self.register_buffer("tail_scales", torch.tensor(self._tail_scales))
 
-    def forward(
-        self, context_X: Tensor, context_y: Tensor, X: Tensor, num_features: Tensor | None = None
-    ) -> tuple[Histogram, Histogram]:
-        """Predict every query by itself.
-
-        Args:
-            context_X: (*batch, n, d), n may be 0.
-            context_y: (*batch, n, 1), standardised.
-            X: (*batch, q, d).
-            num_features: (*batch,) for padded inputs; default: all d count.
-
-        Returns:
-            Histograms of f and of y with batch shape (*batch, q), in standardised units.
-        """
-        return self.distributions(self.query(self.encode(context_X, context_y, num_features), X))
-
-    def distributions(self, logits: Tensor) -> tuple[Histogram, Histogram]:
-        """The histograms of f and of y, batch shape (*batch, q), of logits (*batch, q, 2, K)."""
-        f, y = logits.unbind(-2)
+    def distributions(self, output: Tensor) -> tuple[Histogram, Histogram]:
+        """The histograms of f and of y, batch shape (*batch, q), of logits (*batch, q, 2 K), f's first."""
+        # Borders and sums of probabilities need more digits than half precision has.
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        f, y = output.unflatten(-1, (2, self.num_buckets)).unbind(-2)
+        borders, tails = self.borders, self.tail_scales
+        if borders.dtype != output.dtype:
+            borders, tails = output.new_tensor(self._borders), output.new_tensor(self._tail_scales)
         return (
-            Histogram(self.borders, f, self.tail_scales, validate_args=False),
-            Histogram(self.borders, y, self.tail_scales, validate_args=False),
+            Histogram(borders, f, tails, validate_args=False),
+            Histogram(borders, y, tails, validate_args=False),
         )
 
-    def encode(self, context_X: Tensor, context_y: Tensor, num_features: Tensor | None = None) -> ContextCache:
-        """Run the context through the network once; the arguments are those of :meth:`forward`."""
-        batch, n, d = context_X.shape[:-2], context_X.shape[-2], context_X.shape[-1]
-        if num_features is None:
-            num_features = torch.full(batch, d, device=context_X.device)
-        features = num_features.to(context_X)
-        size = torch.stack([torch.full_like(features, math.log1p(n) / 6), features / self.max_features], -1)
-        summary = self.embed_size(size)[..., None, :]
-        tokens = self._embed(context_X, features) + self.embed_y(context_y) + summary
-        tokens = tokens.reshape(math.prod(batch), n, tokens.shape[-1])
-        keys, values = [], []
-        for index, layer in enumerate(self._blocks):
-            key, value = layer.keys_and_values(tokens)
-            keys.append(key.reshape(*batch, *key.shape[1:]))
-            values.append(value.reshape(*batch, *value.shape[1:]))
-            if index + 1 < len(self._blocks):
-                tokens = layer(tokens, key, value)
-        return ContextCache(tuple(keys), tuple(values), summary, num_features)
 
-    def query(self, cache: ContextCache, X: Tensor) -> Tensor:
-        """Logits at queries.
+class SetClassifier(_SetTransformer):
+    """From (context, query inputs) to the probabilities of classes at each query; labels are whole numbers below C.
 
-        Args:
-            cache: from :meth:`encode`, for contexts with batch shape ``batch``.
-            X: (*extra, *batch, q, d); dimensions of size 1 in place of ``batch`` broadcast.
+    Args:
+        max_features: :math:`d_\\max`.
+        num_classes: C.
+        width, num_layers, num_heads, expansion, largest, seed: as for ``SetTransformer``.
 
-        Returns:
-            (*extra, *batch, q, 2, K): for each query unnormalised log probabilities of f's and of y's buckets.
-        """
-        batch = cache.num_features.shape
-        shape = torch.broadcast_shapes(X.shape[:-2], batch)
-        q, d = X.shape[-2:]
-        num_batch, num_extra = math.prod(batch), math.prod(shape[: len(shape) - len(batch)])
-        rows = X.expand(*shape, q, d).reshape(num_extra, num_batch, q, d).movedim(0, 1).reshape(num_batch, -1, d)
-        features = cache.num_features.to(X).reshape(num_batch)
-        tokens = self._embed(rows, features) + self.query_token + cache.summary.reshape(num_batch, 1, -1)
-        for layer, key, value in zip(self._blocks, cache.keys, cache.values, strict=True):
-            tokens = layer(tokens, key.reshape(num_batch, *key.shape[-3:]), value.reshape(num_batch, *value.shape[-3:]))
-        logits = self.head(self.norm(tokens))
-        logits = logits.reshape(num_batch, num_extra, q, 2, self.num_buckets).movedim(1, 0)
-        return logits.reshape(*shape, q, 2, self.num_buckets)
+    Raises:
+        ValueError: if ``num_heads`` doesn't divide ``width``, or there are fewer than 2 classes.
+    """
 
-    @property
-    def _blocks(self) -> list[_Layer]:
-        return [layer for layer in self.layers if isinstance(layer, _Layer)]
+    def __init__(
+        self,
+        max_features: int,
+        num_classes: int,
+        width: int = 96,
+        num_layers: int = 6,
+        num_heads: int = 4,
+        expansion: int = 2,
+        largest: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        self.num_classes = num_classes
+        super().__init__(max_features, num_classes, num_classes, width, num_layers, num_heads, expansion, largest, seed)
 
-    def _embed(self, X: Tensor, num_features: Tensor) -> Tensor:
-        scaled = X * (self.max_features / num_features).sqrt()[..., None, None]
-        return self.embed_x(F.pad(scaled, (0, self.max_features - X.shape[-1])))
+    def distributions(self, output: Tensor) -> tuple[Categorical]:
+        """Of the class, batch shape (*batch, q), of logits (*batch, q, C)."""
+        return (Categorical(logits=output, validate_args=False),)
 
-
-class _Layer(nn.Module):
-    """Pre-norm attention to given keys and values, then a pre-norm MLP."""
-
-    def __init__(self, width: int, num_heads: int, expansion: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_query = nn.Linear(width, width)
-        self.to_key_value = nn.Linear(width, 2 * width)
-        self.null = nn.Parameter(torch.zeros(2, num_heads, 1, width // num_heads))
-        self.merge = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
-
-    def start_as_identity(self) -> None:
-        for linear in (self.merge, self.mlp[-1]):
-            assert isinstance(linear, nn.Linear)
-            nn.init.zeros_(linear.weight)
-
-    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Of context tokens (B, n, width): two of (B, heads, n+1, width per head)."""
-        both = (
-            self.to_key_value(self.norm_attention(context))
-            .unflatten(-1, (2, self.num_heads, -1))
-            .permute(2, 0, 3, 1, 4)
-        )
-        key, value = torch.cat([both, self.null[:, None].expand(-1, len(context), -1, -1, -1)], -2)
-        return key, value
-
-    def forward(self, tokens: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query = self.to_query(self.norm_attention(tokens)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
-        tokens = tokens + self.merge(attended)
-        return tokens + self.mlp(self.norm_mlp(tokens))
+    def _outcomes(self, y: Tensor) -> Tensor:
+        return F.one_hot(y[..., 0].long(), self.num_outputs).to(self.query_token)
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:
@@ -214,7 +311,8 @@ def _initialise(module: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for linear in linears:
             linear.weight.normal_(std=linear.in_features**-0.5, generator=generator)
-            linear.bias.zero_()
+            if linear.bias is not None:
+                linear.bias.zero_()
         for parameter in module.parameters():
             if id(parameter) not in own:
                 parameter.normal_(std=0.02, generator=generator)

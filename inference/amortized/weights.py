@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import bayesnn.pretrained
@@ -15,8 +17,11 @@ from bayesnn.files import read_tensors, write_tensors
 
 
 def save_network(path: str | Path, network: nn.Module, card: dict[str, Any]) -> None:
-    """Write ``path`` (weights, the network's description and the card) and the card again as JSON beside it."""
-    path = Path(path)
+    """Write ``path`` (weights, the network's description and the card) and the card again as JSON beside it.
+
+    The card gets the digest, ``sha256``, of the weights, the network's description and the card itself: they belong together.
+    """
+    path, card = Path(path), card | {"sha256": _digest(network, card)}
     write_tensors(path, network.state_dict(), {"network": describe(network), "card": card})
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -28,12 +33,19 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it isn't a complete bayesnn file, or holds something else than a network and its weights.
+        ValueError: if it isn't a complete bayesnn file, holds something else than a network and its weights, or if the weights
+            aren't those of its card, or the card isn't the one beside it.
     """
     tensors, description = read_tensors(path)
-    if "network" not in description:
+    if not isinstance(description, dict) or "network" not in description:
         raise ValueError(f"{str(path)!r} holds no network, but {sorted(description)}")
-    network = build(description["network"])
+    card, beside = description.get("card"), Path(path).with_suffix(".json")
+    if not isinstance(card, dict):
+        raise ValueError(f"{str(path)!r} has no card: fetch or train it again")
+    try:
+        network = build(description["network"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} describes no network of this version: {error}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{str(path)!r} describes a {type(network).__name__}, not a network")
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
@@ -41,8 +53,35 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ValueError(f"{str(path)!r} has other weights than its network needs: {', '.join(differing[:5])}")
+    built = {name: value.clone() for name, value in network.named_buffers()}
     network.load_state_dict(tensors)
-    return network.eval(), description["card"]
+    if not all(bool(value.isfinite().all()) for value in tensors.values()):
+        raise ValueError(f"{str(path)!r} has weights that aren't finite: fetch or train it again")
+    if any(not torch.equal(value, built[name]) for name, value in network.named_buffers()):
+        raise ValueError(f"{str(path)!r} describes another network than its weights are of: fetch or train it again")
+    if card.get("sha256") != _digest(network, card):
+        raise ValueError(f"{str(path)!r} isn't as it was written, by its digest: fetch or train it again")
+    if beside.exists() and _read_json(beside) != json.loads(json.dumps(card)):
+        raise ValueError(
+            f"{str(beside)!r} isn't the card that was written with {str(path)!r}: fetch or export it again"
+        )
+    return network.eval(), card
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # of JSON or of UTF-8
+        return None
+
+
+def _digest(network: nn.Module, card: dict[str, Any]) -> str:
+    rest = {name: value for name, value in card.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps([describe(network), rest], sort_keys=True).encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def pretrained_names() -> list[str]:

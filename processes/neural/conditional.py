@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from bayesnn.inference.amortized.model import AmortizedModel
+from bayesnn.inference.amortized.model import AmortizedModel, Bounds, Joint
 from bayesnn.likelihoods import HeteroscedasticGaussian
 from bayesnn.registry import register
 
@@ -22,6 +22,7 @@ class ConditionalNeuralProcess(AmortizedModel):
     Args:
         network: a ``DeepSetNetwork``, or the name of one that ships; "gp-small" by default.
         max_context: most rows; None: what the card says, or no limit.
+        bounds, joint, neighbours: see ``PFN``.
 
     Raises:
         ValueError: if no network of that name ships; at fit, for more rows or columns than it was trained on.
@@ -29,8 +30,15 @@ class ConditionalNeuralProcess(AmortizedModel):
 
     prefix: ClassVar[str] = "cnp"
 
-    def __init__(self, network: nn.Module | str = "gp-small", max_context: int | None = None) -> None:
-        super().__init__(network, HeteroscedasticGaussian(), max_context)
+    def __init__(
+        self,
+        network: nn.Module | str = "gp-small",
+        max_context: int | None = None,
+        bounds: Bounds | None = None,
+        joint: Joint = "copula",
+        neighbours: int | None = None,
+    ) -> None:
+        super().__init__(network, HeteroscedasticGaussian(), max_context, bounds, joint, neighbours)
 
 
 register("cnp", ConditionalNeuralProcess)

@@ -19,6 +19,7 @@ OPTIONS = {
     "hmc": SMALL | {"method": HMC(num_chains=2, num_warmup=60, num_draws=32, num_leapfrog=8)},
     "mean-field": SMALL | {"method": MeanField(num_steps=200, num_draws=48)},
     "ensemble": SMALL | {"method": DeepEnsemble(num_members=6, num_steps=100)},
+    "pfn": {"bounds": None},
 }
 SPREAD = 10.0  # of the outcomes, in the user's units
 

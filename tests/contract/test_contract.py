@@ -216,7 +216,7 @@ def test_pending_points_have_no_value(name):
 def test_gradients_equal_finite_differences(name):
     model, X = fitted(name), data()[0]
     best = data()[1].max().item()
-    step = 1e-5 * torch.tensor([1.0, 30.0]).double()
+    step = 1e-7 * torch.tensor([1.0, 30.0]).double()  # draws of histograms have kinks: few within so short a step
     for acquisition in (
         qLogExpectedImprovement(model, best - 0.5 * SPREAD),
         qLogNoisyExpectedImprovement(model, X, prune_baseline=False),

@@ -1,13 +1,16 @@
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import bayesnn.pretrained
 from bayesnn.configured import build, describe
-from bayesnn.files import write_tensors
+from bayesnn.files import read_tensors, write_tensors
 from bayesnn.histogram import prior_borders
 from bayesnn.inference.amortized.deep_set import DeepSetNetwork
+from bayesnn.inference.amortized.pretraining import Recipe
 from bayesnn.inference.amortized.transformer import SetTransformer
 from bayesnn.inference.amortized.weights import load_network, load_pretrained, pretrained_names, save_network
 
@@ -46,7 +49,7 @@ def test_shapes(network, data):
     assert f.batch_shape == y.batch_shape == (2, 5)
     assert f.mean.shape == (2, 5) and f.mean.dtype == torch.float64
     if isinstance(network, SetTransformer):
-        assert output(network, *data).shape == (2, 5, 2, 12)
+        assert output(network, *data).shape == (2, 5, 24)
     else:
         assert output(network, *data).shape == (2, 5, 3)
         assert bool((y.variance > f.variance).all())
@@ -73,6 +76,43 @@ def test_queries_do_not_see_each_other(network, data):
     assert torch.equal(plain[:, 1:], changed[:, 1:])
     assert not torch.allclose(plain[:, 0], changed[:, 0], atol=1e-3)
     torch.testing.assert_close(output(network, context_X, context_y, X[:, 2:3]), plain[:, 2:3])
+
+
+@pytest.mark.parametrize("d", [4, 10])
+def test_attention_with_distances_written_out(d):
+    """Softmax over products less weighted squared distances, the null key at distance 0; of ten features, eight of them."""
+    network = SetTransformer(d, BORDERS, (1.0, 1.0), width=16, num_layers=1, num_heads=2).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    layer = network.layers[0]
+    context, places, tokens, at = (
+        torch.randn(2, rows, width, generator=generator, dtype=torch.float64)
+        for rows, width in ((5, 16), (5, d), (3, 16), (3, d))
+    )
+    key, value = layer.keys_and_values(context, places)
+    normed = layer.norm_attention(tokens)
+    query = layer.to_query(normed).unflatten(-1, (2, 8)).transpose(1, 2)
+    sharpness = layer.to_sharpness(normed).unflatten(-1, (2, min(d, 8))).transpose(1, 2).exp()
+    moved = layer.combine(at), layer.combine(places)
+    logits = query @ key[..., :8].mT / 8**0.5
+    logits[..., :5] -= (sharpness[..., None, :] * (moved[0][:, None, :, None] - moved[1][:, None, None]).square()).sum(
+        -1
+    )
+    merged = tokens + layer.merge((logits.softmax(-1) @ value).transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(layer(tokens, at, key, value), merged + layer.mlp(layer.norm_mlp(merged)))
+
+
+def test_half_precision(network, data):
+    """Distances keep their digits, and so do the borders: answers are near those in full precision."""
+    f, y = network(*data)
+    half = network.to(torch.bfloat16)
+    half_f, half_y = half(*(values.to(torch.bfloat16) for values in data))
+    assert half_f.mean.dtype == (torch.float32 if isinstance(network, SetTransformer) else torch.bfloat16)
+    for exact, found in ((f, half_f), (y, half_y)):
+        assert float((found.mean.double() - exact.mean).abs().max()) < 0.1 * float(exact.stddev.max())
+        assert float((found.stddev.double() / exact.stddev - 1).abs().max()) < 0.2
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -152,7 +192,7 @@ def test_save_and_load(network, data, tmp_path):
     data = [values.float() for values in data]
     save_network(tmp_path / "net.safetensors", network, {"name": "net"})
     again, card = load_network(tmp_path / "net.safetensors")
-    assert card == {"name": "net"} and not again.training
+    assert card == {"name": "net", "sha256": card["sha256"]} and not again.training
     assert torch.equal(output(again, *data), output(network, *data))
     assert (tmp_path / "net.json").read_text().startswith("{")
 
@@ -169,6 +209,49 @@ def test_bad_files(tmp_path):
         load_pretrained("no-such-network")
 
 
+def test_tampered_weights_and_cards_are_refused(tmp_path):
+    path, network = tmp_path / "net.safetensors", MAKERS["deep_set"]()
+    save_network(path, network, {"name": "net", "nll": 1.0})
+    load_network(path)
+    (tmp_path / "net.json").write_text((tmp_path / "net.json").read_text().replace("1.0", "0.5"))
+    with pytest.raises(ValueError, match=r"net.json' isn't the card that was written"):
+        load_network(path)
+    (tmp_path / "net.json").unlink()
+    tensors, description = read_tensors(path)
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    write_tensors(path, tensors, description)
+    with pytest.raises(ValueError, match="isn't as it was written, by its digest"):
+        load_network(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("card", "max_context"), 10**6, "isn't as it was written, by its digest"),
+        (("network", "arguments", "largest"), [1e9, 1e9], "isn't as it was written, by its digest"),
+        (("network", "arguments", "largest"), ["a"], "describes no network of this version"),
+        (
+            ("network", "arguments", "borders"),
+            [-9.0, -2.0, 0.0, 2.0, 9.0],
+            "describes another network than its weights",
+        ),
+    ],
+)
+def test_tampered_descriptions_are_refused(place, value, message, tmp_path):
+    path = tmp_path / "net.safetensors"
+    network = SetTransformer(2, [-3.0, -1.0, 0.0, 1.0, 3.0], [1.0, 1.0], 16, 1, 2, largest=[2.0, 2.0])
+    save_network(path, network, {"name": "net", "max_context": 10})
+    (tmp_path / "net.json").unlink()
+    tensors, description = read_tensors(path)
+    part = description
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    write_tensors(path, tensors, description)
+    with pytest.raises(ValueError, match=message):
+        load_network(path)
+
+
 def test_weights_of_another_shape_are_refused(tmp_path):
     network, other = DeepSetNetwork(4, width=16), DeepSetNetwork(4, width=8)
     write_tensors(tmp_path / "net.safetensors", other.state_dict(), {"network": describe(network), "card": {}})
@@ -179,13 +262,22 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         load_network(tmp_path / "net.safetensors")
 
 
-@pytest.mark.parametrize("name, largest_error", [("pfn-gp-small", 0.1), ("cnp-gp-small", 0.35)])
-def test_networks_that_ship(name, largest_error):
-    """They answer, better than the prior, at every trained size, and their cards hold finite figures."""
-    assert name in pretrained_names()
+SHIPPED = {"pfn-regression": (10, 0.15), "pfn-bo": (8, 0.15), "pfn-gp-small": (2, 0.1), "cnp-gp-small": (10, 0.35)}
+
+
+def test_what_ships_is_small():
+    assert {*SHIPPED, "pfn-tabular-classification"} == set(pretrained_names())
+    folder = Path(bayesnn.pretrained.__path__[0])
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 24e6
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_regression_networks_that_ship(name):
+    """They answer, better than the prior, and their cards hold finite figures."""
     network, card = load_pretrained(name)
-    assert card["name"] == name and card["max_features"] == 10
-    for row in card["held_out"]["by_context_size"].values():
+    max_features, largest_error = SHIPPED[name]
+    assert card["name"] == name and card["max_features"] == max_features and card["steps_done"] > 0
+    for row in card.get("held_out", {"by_context_size": {}})["by_context_size"].values():
         assert all(math.isfinite(value) for value in row.values())
     X = torch.linspace(-1.7, 1.7, 40)[:, None]
     with torch.no_grad():
@@ -193,5 +285,34 @@ def test_networks_that_ship(name, largest_error):
         nothing, _ = network(X[:0], X[:0], X)
     error = (f.mean - torch.sin(2 * X[:, 0]) / 0.7).square().mean().sqrt()
     # A deep set's summary has a fixed size: it doesn't interpolate as a transformer does.
-    assert error < largest_error < 0.7 < nothing.stddev.min()
+    assert error < largest_error < 0.5 < nothing.stddev.min()
     assert bool((y.variance > 0).all())
+
+
+@pytest.mark.parametrize("name", ["pfn-gp-small", "pfn-bo"])
+def test_without_data_a_network_answers_with_its_prior(name):
+    """The distribution function of y at no context, against that of 20,000 draws, at nine quantiles."""
+    network, card = load_pretrained(name)
+    recipe = build(card["recipe"])
+    assert isinstance(recipe, Recipe)
+    tasks = recipe.prior(5000, 4, torch.Generator().manual_seed(3))
+    levels = torch.linspace(0.1, 0.9, 9)
+    quantiles = tasks.y.flatten().float().quantile(levels)
+    X = tasks.X[:2000, :1].float()
+    with torch.no_grad():
+        _, y = network(X[:, :0], X[:, :0, :1], X, tasks.num_features[:2000])
+        found = torch.stack([y.cdf(value.expand(2000, 1)).mean() for value in quantiles])
+    assert float((found - levels).abs().max()) < 0.02
+
+
+def test_the_classifier_that_ships():
+    """Three clusters in a plane: it knows the class of nearly all."""
+    network, card = load_pretrained("pfn-tabular-classification")
+    assert card["max_features"] == 20 and network.num_outputs == 5
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (120,), generator=generator)
+    X = torch.tensor([[0.0, 1.5], [1.3, -0.7], [-1.3, -0.7]])[labels] + 0.4 * torch.randn(120, 2, generator=generator)
+    with torch.no_grad():
+        (classes,) = network(X[:60], labels[:60, None].float(), X[60:])
+    assert float((classes.logits.argmax(-1) == labels[60:]).double().mean()) > 0.9
+    assert float(classes.probs[:, 3:].sum(-1).mean()) < 0.1

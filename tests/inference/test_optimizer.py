@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bayesnn.inference.optimizer import adam_init, adam_step, clip_by_norm, warmup_cosine
+from bayesnn.inference.optimizer import adam_init, adam_step, clip_by_norm, muon_init, muon_step, warmup_cosine
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -24,6 +24,38 @@ def test_adam_equals_torch(dtype, weight_decay):
     for name, value in params.items():
         torch.testing.assert_close(value, reference[name].detach())
     assert int(state.step) == 20
+
+
+def test_muon_equals_torch():
+    """Up to the precision of bfloat16, in which torch orthogonalises."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"wide": (6, 20), "tall": (20, 6), "another": (6, 20)}
+    params = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    reference = {name: value.clone().requires_grad_() for name, value in params.items()}
+    optimizer = torch.optim.Muon(reference.values(), lr=0.02, weight_decay=0.1, momentum=0.95)
+    momentum = muon_init(params)
+    for _ in range(10):
+        grads = {name: torch.randn(value.shape, generator=generator) for name, value in params.items()}
+        params, momentum = muon_step(params, grads, momentum, 0.02, 0.1)
+        for name, value in reference.items():
+            value.grad = grads[name]
+        optimizer.step()
+    for name, value in params.items():
+        torch.testing.assert_close(value, reference[name].detach(), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_muon_moves_all_directions_alike(shape):
+    """Singular values over two orders of magnitude; the step's are between 0.6 and 1.3."""
+    generator = torch.Generator().manual_seed(1)
+    U, _, V = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    gradient = U @ torch.logspace(0, -2, 5, dtype=torch.float64).diag() @ V
+    before = {"w": torch.zeros(shape, dtype=torch.float64)}
+    after, _ = muon_step(before, {"w": gradient}, muon_init(before), 1.0)
+    moved = -after["w"] / max(1, shape[0] / shape[1]) ** 0.5
+    values = torch.linalg.svdvals(moved)
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.3
+    assert torch.allclose(U.T @ moved @ V.T, torch.diag(torch.diagonal(U.T @ moved @ V.T)), atol=1e-9)
 
 
 def test_stacked_members_are_updated_as_each_alone():
