@@ -62,13 +62,19 @@ def row(
 
 
 def write(name: str, rows: list[dict[str, Any]], peer_versions: dict[str, str], **notes: Any) -> None:
-    """Print the table and write ``benchmarks/results/NAME.json``, with notes (settings, say) before the rows."""
+    """Print the table and write ``benchmarks/results/NAME.json``, with notes (settings, say) before the rows.
+
+    A note ``quick=True`` says that the figures are of a trial run: they are printed, and the file stays as it is.
+    """
     print(f"{'case':44} {'metric':22} {'ours':>12} {'peer':>12} {'ratio':>7}  peer")
     for line in rows:
+        ratio = math.nan if line["ratio"] is None else line["ratio"]
         print(
-            f"{line['case']:44} {line['metric']:22} {line['ours']:12.4g} {line['peer']:12.4g} {line['ratio']:7.2f}  "
+            f"{line['case']:44} {line['metric']:22} {line['ours']:12.4g} {line['peer']:12.4g} {ratio:7.2f}  "
             f"{line['peer_name']}"
         )
+    if notes.pop("quick", False):
+        return
     result = {
         "versions": {package: version(package) for package in OUR_PACKAGES} | peer_versions,
         "machine": {"processor": _processor(), "system": platform.system()},

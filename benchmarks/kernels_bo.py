@@ -28,49 +28,24 @@ import argparse
 import itertools
 import math
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import torch
+from botorch.acquisition import AcquisitionFunction
 from botorch.acquisition.analytic import LogExpectedImprovement
-from botorch.fit import fit_gpytorch_mll
-from botorch.models import SingleTaskGP
 from botorch.models.kernels import InfiniteWidthBNNKernel
-from botorch.optim import optimize_acqf
 from botorch.test_functions import Ackley, Branin, Hartmann, Levy, Michalewicz
-from botorch.utils.sampling import manual_seed
 from gpytorch.kernels import ScaleKernel
-from gpytorch.mlls import ExactMarginalLogLikelihood
 from harness import append_cell, mean_and_stderr, read_cells, write
 from joblib import Parallel, delayed
+from searches import Acquire, Problem, fitted_gp, of_botorch, search
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
 import bayesnn
 
 NAME = "kernels_bo"
 NUM_INITIAL, NUM_STEPS = 10, 40
 HIDDEN_AMONG, HIDDEN = 40, (3, 9, 15, 20, 30, 38)
-
-
-class Problem(NamedTuple):
-    """A function of the unit cube, (n, d) to (n, 1), and its minimum."""
-
-    num_features: int
-    function: Callable[[Tensor], Tensor]
-    minimum: float
-
-
-def of_botorch(function: Any) -> Problem:
-    """One of BoTorch's test functions."""
-    low, high = function.bounds.double()
-
-    def values(X: Tensor) -> Tensor:
-        return function(low + (high - low) * X).unsqueeze(-1)
-
-    return Problem(function.dim, values, float(function.optimal_value))
 
 
 def hidden(problem: Problem) -> Problem:
@@ -90,70 +65,29 @@ PROBLEMS = {
 }
 
 
-def nngp(X: Tensor, Y: Tensor) -> Any:
+def nngp(X: Tensor, Y: Tensor) -> AcquisitionFunction:
     """Ours, as users have it."""
-    return bayesnn.surrogate("nngp").fit(X, Y)
+    return LogExpectedImprovement(bayesnn.surrogate("nngp").fit(X, Y), best_f=Y.max())
 
 
-def gp(X: Tensor, Y: Tensor) -> Any:
+def gp(X: Tensor, Y: Tensor) -> AcquisitionFunction:
     """BoTorch's default."""
-    return _fitted(SingleTaskGP(X, Y))
+    return LogExpectedImprovement(fitted_gp(X, Y), best_f=Y.max())
 
 
-def i_bnn(X: Tensor, Y: Tensor) -> Any:
+def i_bnn(X: Tensor, Y: Tensor) -> AcquisitionFunction:
     """BoTorch's infinite-width kernel."""
-    return _fitted(SingleTaskGP(X, Y, covar_module=ScaleKernel(InfiniteWidthBNNKernel(depth=3))))
+    kernel = ScaleKernel(InfiniteWidthBNNKernel(depth=3))
+    return LogExpectedImprovement(fitted_gp(X, Y, kernel), best_f=Y.max())
 
 
-def _fitted(model: SingleTaskGP) -> SingleTaskGP:
-    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-    return model
-
-
-METHODS: dict[str, Callable[[Tensor, Tensor], Any] | None] = {"nngp": nngp, "gp": gp, "i-bnn": i_bnn, "sobol": None}
-
-
-def run(name: str, method: str, seed: int) -> dict[str, Any]:
-    """One optimisation: the best value after every evaluation, above the minimum."""
-    problem, fit = PROBLEMS[name], METHODS[method]
-    torch.set_num_threads(1)
-    start, failures = time.process_time(), 0
-    sobol = SobolEngine(problem.num_features, scramble=True, seed=seed).draw(NUM_INITIAL + NUM_STEPS).double()
-    X = sobol if fit is None else sobol[:NUM_INITIAL]
-    Y = -problem.function(X)
-    while fit is not None and len(X) < NUM_INITIAL + NUM_STEPS:
-        with warnings.catch_warnings(), manual_seed(1000 * seed + len(X)):
-            warnings.simplefilter("ignore")
-            try:
-                model = fit(X, Y)
-            except Exception:  # a fit that fails costs a random point, and is counted
-                failures += 1
-                candidate = sobol[len(X) : len(X) + 1]
-            else:
-                candidate, _ = optimize_acqf(
-                    LogExpectedImprovement(model, best_f=Y.max()),
-                    torch.stack([torch.zeros_like(X[0]), torch.ones_like(X[0])]),
-                    q=1,
-                    num_restarts=4,
-                    raw_samples=128,
-                    options={"maxiter": 60},
-                )
-        X, Y = torch.cat([X, candidate]), torch.cat([Y, -problem.function(candidate)])
-    regrets = (-Y.squeeze(-1).cummax(0).values - problem.minimum).tolist()
-    seconds = round(time.process_time() - start, 1)
-    return {
-        "problem": name,
-        "method": method,
-        "seed": seed,
-        "regrets": regrets,
-        "fits_that_failed": failures,
-        "cpu_seconds": seconds,
-    }
+METHODS: dict[str, Acquire | None] = {"nngp": nngp, "gp": gp, "i-bnn": i_bnn, "sobol": None}
 
 
 def run_and_keep(name: str, method: str, seed: int) -> None:
     """One optimisation, on file."""
-    cell = run(name, method, seed)
+    found = search(PROBLEMS[name], METHODS[method], seed, NUM_INITIAL, NUM_STEPS)
+    cell = {"problem": name, "method": method, "seed": seed} | found
     append_cell(NAME, cell)
     print(f"{name:16} {method:6} {seed} {cell['regrets'][-1]:9.4f} {cell['cpu_seconds']:7.1f} s", flush=True)
 
