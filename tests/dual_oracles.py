@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,3 +123,31 @@ def quadrature(dual: DualActivation, a: float, b: float, c: float) -> tuple[floa
         return (values * weights).sum().item()
 
     return expectation(dual.function), expectation(derivative(dual.function))
+
+
+# A published matrix of the NNGP kernel
+
+# Two hidden ReLU layers, weight standard deviation 1.4, bias standard deviation 0.3.
+X = torch.tensor(
+    [
+        [2.0409191214, -2.5556650313, 0.4180988467],
+        [-0.5677696061, -0.4526492921, -0.2155971631],
+        [-2.0199861291, -0.2319323776, -0.8652130763],
+        [3.3229995166, 0.2257866132, -0.3526307943],
+    ],
+    dtype=torch.float64,
+)
+UPPER = torch.tensor(
+    [
+        [7.0861328716, 1.0727897408, 1.9112297891, 5.1571533565],
+        [0.0, 0.6246330577, 1.217644658, 0.8257098627],
+        [0.0, 0.0, 3.3283604374, 1.7206780044],
+        [0.0, 0.0, 0.0, 7.3032800475],
+    ],
+    dtype=torch.float64,
+)
+
+
+def dense(kernel: Any, x1: Tensor, x2: Tensor | None = None) -> Tensor:
+    """A GPyTorch kernel's matrix."""
+    return kernel(x1, x2).to_dense()

@@ -34,8 +34,8 @@ class PFN(AmortizedModel):
 
     Raises:
         ValueError: if no network of that name ships, for bounds that don't increase, or another ``joint``; at fit, for more
-            rows or columns
-            than it was trained on, for inputs outside the bounds, and for values far from all that it was trained on.
+            rows or columns than it was trained on, for inputs outside the bounds, for values far from all that it was trained
+            on, and for an outcome so far from the others that these look alike (of an input, that is warned of).
     """
 
     prefix: ClassVar[str] = "pfn"
