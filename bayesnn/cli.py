@@ -21,11 +21,12 @@ from bayesnn.inference.amortized.pretraining import (
     export as write_network,
     from_checkpoint,
     launched_fabric,
+    load_start,
     note_hardware,
     noted_hardware,
-    read_recipe,
     train,
 )
+from bayesnn.inference.amortized.recipes import read_recipe
 from bayesnn.model import Model
 from bayesnn.predictive import ClassPredictive
 from bayesnn.registry import named_model, surrogates
@@ -131,6 +132,7 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that ships with the package.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights and the model card.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to keep the state in, and to go on from.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Weights of the recipe before, in place of training it.")] = None,
     export: Annotated[bool, typer.Option("--export", help="Write the checkpoint's network without training.")] = False,
     accelerator: Annotated[str, typer.Option(help="Lightning Fabric's: cpu, cuda, auto …")] = "cpu",
     devices: Annotated[int, typer.Option(help="How many.")] = 1,
@@ -139,11 +141,12 @@ def pretrain(
     """Train a network that answers by one forward pass, by a recipe; interrupted, it goes on from its checkpoint."""
     with _one_line_errors():
         chosen = read_recipe(recipe)
+        begin, earlier = (None, "") if start is None else load_start(chosen, start)
         out.mkdir(parents=True, exist_ok=True)
         if export:
             if checkpoint is None:
                 raise ValueError("--export needs --checkpoint")
-            network, num_steps = from_checkpoint(chosen, checkpoint)
+            network, num_steps = from_checkpoint(chosen, checkpoint, begin)
             hardware = noted_hardware(checkpoint)
         else:
             fabric, hardware = None, f"{devices} x {accelerator}, {precision}"
@@ -152,7 +155,8 @@ def pretrain(
             if checkpoint is not None:
                 hardware = note_hardware(checkpoint, hardware)
             try:
-                network, num_steps = train(chosen, checkpoint, fabric, log=typer.echo), chosen.training.num_steps
+                network = train(chosen, checkpoint, fabric, log=typer.echo, start=begin)
+                num_steps = chosen.training.num_steps
             except KeyboardInterrupt:
                 kept = (
                     f"the same command goes on from {checkpoint}"
@@ -163,6 +167,7 @@ def pretrain(
                 raise typer.Exit(130) from None
             if fabric is not None and not fabric.is_global_zero:
                 return
+        hardware = f"{earlier}; then {hardware}" if earlier else hardware
         card = write_network(chosen, network, num_steps, out, hardware)
         typer.echo(f"{out / chosen.name}.safetensors: {card['num_parameters']} parameters, {num_steps} steps")
 

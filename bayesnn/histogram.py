@@ -18,11 +18,14 @@ expected improvement, cdf and quantiles leave parts of the tails out; here every
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+
+from bayesnn.checks import positive
 
 _HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
 
@@ -65,6 +68,39 @@ def prior_borders(samples: Tensor, num_buckets: int, *, coverage: float = 0.998)
         raise ValueError(f"samples must have some spread, but {coverage:.3g} of them equal {float(quantiles[0])}")
     grid = torch.linspace(0, 1, num_buckets + 1, dtype=samples.dtype, device=samples.device)
     return 0.5 * quantiles + 0.5 * torch.lerp(quantiles[0], quantiles[-1], grid)
+
+
+def refined_borders(borders: Tensor, samples: Tensor, max_width: float, *, coverage: float = 0.9999) -> Tensor:
+    """Borders that split buckets, and add some outside, until none of the inner ones is wider than ``max_width``.
+
+    Args:
+        borders: (K+1,). The inner ones, ``borders[1:-1]``, are kept.
+        samples: any shape; draws of the outcomes, as for :func:`prior_borders`.
+        max_width: of a bucket between tails.
+        coverage: the new tails begin where they leave this share of the samples between them, or where the old ones do,
+            whichever is farther out.
+
+    Returns:
+        (K'+1,) increasing borders, the outermost ones ``max_width`` beyond the tails' beginnings.
+
+    Raises:
+        ValueError: if ``max_width`` isn't positive, or the samples aren't finite.
+    """
+    positive("max_width", max_width)
+    if not bool(samples.isfinite().all()):
+        raise ValueError("samples must be finite")
+    ordered, level = samples.detach().flatten().double().sort().values, (1 - coverage) / 2
+    low, high = (float(ordered[round(share * (len(ordered) - 1))]) for share in (level, 1 - level))
+    inner = borders[1:-1].double().tolist()
+    # Whole steps outwards, so that the old borders are among the new ones.
+    before, after = (max(0, math.ceil(gap / max_width)) for gap in (inner[0] - low, high - inner[-1]))
+    knots = [inner[0] - before * max_width, *inner, inner[-1] + after * max_width]
+    refined: list[float] = []
+    for left, right in pairwise(knots):
+        parts = math.ceil((right - left) / max_width - 1e-9)  # 0 for the ends where nothing is added
+        refined += [left + (right - left) * part / parts for part in range(parts)]
+    refined = [knots[0] - max_width, *refined, knots[-1], knots[-1] + max_width]
+    return torch.tensor(refined, dtype=torch.float64).to(borders)
 
 
 def prior_tail_scales(samples: Tensor, borders: Tensor) -> Tensor:

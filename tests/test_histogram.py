@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from bayesnn.histogram import Histogram, default_tail_scale, prior_borders, prior_tail_scales
+from bayesnn.histogram import Histogram, default_tail_scale, prior_borders, prior_tail_scales, refined_borders
 
 BORDERS = torch.tensor([-2.0, -1.0, -0.3, 0.2, 0.9, 2.0], dtype=torch.float64)
 PROBS = torch.tensor([0.1, 0.2, 0.3, 0.25, 0.15], dtype=torch.float64)
@@ -214,6 +214,21 @@ def test_a_narrow_last_bucket_leaves_the_tail_wide():
     far = torch.tensor(5.0, dtype=torch.float64)
     assert Histogram(borders, torch.zeros(4, dtype=torch.float64)).log_prob(far) > -25
     assert default_tail_scale(borders) == 0.5
+
+
+def test_refined_borders():
+    samples = 2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    refined = refined_borders(BORDERS, samples, 0.25)
+    assert float(refined[1:-1].diff().max()) <= 0.25 + 1e-9 and float(refined.diff().min()) > 0
+    assert bool(torch.isin(BORDERS[1:-1], refined[1:-1]).all())
+    outside = (samples < refined[1]) | (samples > refined[-2])
+    assert 0 < float(outside.double().mean()) <= 1e-4
+    # Where the samples end before the old borders, nothing is added outside, and what is fine enough isn't split.
+    assert refined_borders(BORDERS, 0.01 * samples, 10.0)[1:-1].tolist() == BORDERS[1:-1].tolist()
+    with pytest.raises(ValueError, match="max_width must be"):
+        refined_borders(BORDERS, samples, 0.0)
+    with pytest.raises(ValueError, match="samples must be finite"):
+        refined_borders(BORDERS, samples / 0.0, 0.1)
 
 
 def test_prior_borders():

@@ -14,7 +14,6 @@ from bayesnn.inference.amortized.meta_training import cast
 from bayesnn.inference.amortized.tasks import TaskBatch, TaskPrior
 
 
-@torch.no_grad()
 def gap_to_exact(
     network: nn.Module,
     prior: TaskPrior,
@@ -46,18 +45,11 @@ def gap_to_exact(
     Raises:
         TypeError: for a prior without exact answers.
     """
-    count("num_tasks", num_tasks, least=2)
     if not callable(getattr(prior, "exact", None)):
         raise TypeError(f"prior must have a method exact(batch, num_context), found {prior!r}")
-    dtype = next(network.parameters()).dtype
     table: dict[str, dict[str, float]] = {}
     for n in context_sizes:
-        columns: dict[str, list[Tensor]] = {}
-        for start in range(0, num_tasks, tasks_per_batch):
-            batch = prior(min(tasks_per_batch, num_tasks - start), n + num_queries, generator)
-            for name, values in _held_out(network, prior, batch, n, dtype).items():
-                columns.setdefault(name, []).append(values)
-        per_task = {name: torch.cat(values) for name, values in columns.items()}
+        per_task = _per_task(network, prior, generator, num_tasks, n, num_queries, tasks_per_batch)
         row = {name: float(values.mean()) for name, values in per_task.items()}
         for part in ("f", "y"):
             gaps = per_task[f"nll_{part}"] - per_task[f"exact_nll_{part}"]
@@ -67,7 +59,6 @@ def gap_to_exact(
     return table
 
 
-@torch.no_grad()
 def held_out_nll(
     network: nn.Module,
     prior: TaskPrior,
@@ -83,32 +74,48 @@ def held_out_nll(
         For each n (as a string) ``nll_f`` and ``nll_y``, or ``nll`` of classes, in nats per query, and ``stderr``, that of the
         last one over tasks.
     """
-    dtype = next(network.parameters()).dtype
     table: dict[str, dict[str, float]] = {}
     for n in context_sizes:
-        losses: list[Tensor] = []
-        for start in range(0, num_tasks, tasks_per_batch):
-            batch = prior(min(tasks_per_batch, num_tasks - start), n + num_queries, generator)
-            small = cast(batch, dtype)
-            laws = network(small.X[:, :n], small.y[:, :n], small.X[:, n:], batch.num_features)
-            values = [part[:, n:, 0] for part in (small.f, small.y) if part is not None]
-            losses.append(
-                torch.stack([-law.log_prob(value).double().mean(-1) for law, value in zip(laws, values, strict=True)])
-            )
-        per_task = torch.cat(losses, -1)
-        names = ("nll_f", "nll_y") if len(per_task) == 2 else ("nll",)
-        row = dict(zip(names, per_task.mean(-1).tolist(), strict=True))
-        table[str(n)] = row | {"stderr": float(per_task[-1].std() / math.sqrt(num_tasks))}
+        per_task = _per_task(network, prior, generator, num_tasks, n, num_queries, tasks_per_batch)
+        names = ("nll_f", "nll_y") if "nll_f" in per_task else ("nll",)
+        row = {name: float(per_task[name].mean()) for name in names}
+        table[str(n)] = row | {"stderr": float(per_task[names[-1]].std() / math.sqrt(num_tasks))}
     return table
+
+
+@torch.no_grad()
+def _per_task(
+    network: nn.Module,
+    prior: Any,
+    generator: torch.Generator,
+    num_tasks: int,
+    n: int,
+    num_queries: int,
+    tasks_per_batch: int,
+) -> dict[str, Tensor]:
+    """Means over each task's queries, (num_tasks,) each."""
+    count("num_tasks", num_tasks, least=2)
+    dtype = next(network.parameters()).dtype
+    columns: dict[str, list[Tensor]] = {}
+    for start in range(0, num_tasks, tasks_per_batch):
+        batch = prior(min(tasks_per_batch, num_tasks - start), n + num_queries, generator)
+        for name, values in _held_out(network, prior, batch, n, dtype).items():
+            columns.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in columns.items()}
 
 
 def _held_out(network: nn.Module, prior: Any, batch: TaskBatch, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
     small = cast(batch, dtype)
-    assert small.f is not None
-    f, y = network(small.X[:, :n], small.y[:, :n], small.X[:, n:], batch.num_features)
-    values_f, values_y = small.f[:, n:, 0], small.y[:, n:, 0]
-    exact, rank = prior.exact(batch, n), y.cdf(values_y)
-    values = {"nll_f": -f.log_prob(values_f).double(), "nll_y": -y.log_prob(values_y).double()}
-    values |= {"exact_nll_f": -exact.log_f, "exact_nll_y": -exact.log_y}
-    values["coverage_y"] = ((rank > 0.05) & (rank < 0.95)).double()
+    laws = network(small.X[:, :n], small.y[:, :n], small.X[:, n:], batch.num_features)
+    values_y = small.y[:, n:, 0]
+    if small.f is None:
+        values = {"nll": -laws[0].log_prob(values_y).double()}
+    else:
+        f, y = laws
+        rank = y.cdf(values_y)
+        values = {"nll_f": -f.log_prob(small.f[:, n:, 0]).double(), "nll_y": -y.log_prob(values_y).double()}
+        values["coverage_y"] = ((rank > 0.05) & (rank < 0.95)).double()
+        if callable(getattr(prior, "exact", None)):
+            exact = prior.exact(batch, n)
+            values |= {"exact_nll_f": -exact.log_f, "exact_nll_y": -exact.log_y}
     return {name: value.mean(-1) for name, value in values.items()}

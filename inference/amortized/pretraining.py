@@ -1,169 +1,33 @@
-"""How networks that answer by one forward pass are made: a recipe is a file, and running it again reproduces its network.
+"""How networks that answer by one forward pass are trained by their recipes, watched, resumed and written down.
 
-    bayesnn pretrain RECIPE --out FOLDER [--checkpoint FOLDER] [--devices N] [--precision bf16-mixed]
+    bayesnn pretrain RECIPE --out FOLDER [--checkpoint FOLDER] [--start FILE] [--devices N] [--precision bf16-mixed]
 
-trains a network, or goes on from the checkpoint, and writes its weights and its model card. The recipes of the networks
-that ship with the package ship with it (``bayesnn pretrain gp-small``).
+trains a network, or goes on from the checkpoint, and writes its weights and its model card (``bayesnn pretrain gp-small``).
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import bayesnn.pretrained
-from bayesnn.checks import check_fields, count
-from bayesnn.configured import Configured, build, describe
+from bayesnn.checks import count
+from bayesnn.configured import describe
 from bayesnn.files import read_tensors
-from bayesnn.histogram import prior_borders, prior_tail_scales
-from bayesnn.inference.amortized.deep_set import DeepSetNetwork
 from bayesnn.inference.amortized.gaps import gap_to_exact, held_out_nll
-from bayesnn.inference.amortized.meta_training import MetaInfo, MetaState, MetaTarget, MetaTraining
-from bayesnn.inference.amortized.tasks import TaskBatch
-from bayesnn.inference.amortized.transformer import SetClassifier, SetTransformer
-from bayesnn.inference.amortized.weights import save_network
+from bayesnn.inference.amortized.meta_training import MetaInfo, MetaState, MetaTarget
+from bayesnn.inference.amortized.recipes import Recipe
+from bayesnn.inference.amortized.weights import load_network, save_network
 from bayesnn.inference.run import run
 
 HELD_OUT_SEED = 1
 CONTEXT_SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
-NUM_SAMPLES = 4000  # tasks by whose outcomes a histogram's borders are placed
-
-
-@dataclass(frozen=True)
-class Recipe(Configured):
-    """A network, the prior over its tasks and its training.
-
-    Attributes:
-        name: of the file.
-        prior: over tasks, with ``max_features``.
-        training: steps, context sizes, learning rate …
-        network: "transformer", "classifier" (of a prior's ``max_classes``) or "deep-set".
-        settings: of the network: ``width``, ``num_layers`` …
-        num_buckets: of a transformer's histograms, whose borders come from the prior.
-        seed: of the initial weights and of the training.
-
-    Raises:
-        ValueError: for an unknown kind of network, or numbers out of range.
-    """
-
-    name: str
-    prior: Any
-    training: MetaTraining
-    network: str = "transformer"
-    settings: dict[str, Any] | None = None
-    num_buckets: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, partial(count, least=3), "num_buckets")
-        check_fields(self, partial(count, least=0), "seed")
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
-            raise ValueError(f"name must be a file's name of letters, digits, '-', '_' and '.', found {self.name!r}")
-        if not isinstance(self.training, MetaTraining):
-            raise TypeError(f"training must be a MetaTraining, found {type(self.training).__name__}")
-        if not callable(self.prior) or not hasattr(self.prior, "max_features"):
-            raise TypeError(f"prior must be a prior over tasks that has max_features, found {self.prior!r}")
-        if self.settings is not None and not isinstance(self.settings, dict):
-            raise TypeError(f"settings must be a dictionary or None, found {self.settings!r}")
-        if (self.network == "classifier") != hasattr(self.prior, "max_classes") and self.network in NETWORKS:
-            raise ValueError(
-                f"network must be 'classifier' for a prior of classes, and no other, found {self.network!r}"
-            )
-        if self.network not in NETWORKS:
-            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, found {self.network!r}")
-
-    def build_network(self) -> nn.Module:
-        """Untrained.
-
-        Raises:
-            ValueError: for settings that the network doesn't have.
-        """
-        try:
-            return NETWORKS[self.network](self, **(self.settings or {}))
-        except TypeError as error:
-            raise ValueError(f"settings of the recipe {self.name!r} don't fit its network: {error}") from error
-
-
-def _transformer(recipe: Recipe, **settings: Any) -> SetTransformer:
-    batch = _sample(recipe)
-    samples = torch.cat([values.flatten() for values in (batch.y, batch.f) if values is not None]).float()
-    borders = prior_borders(samples, recipe.num_buckets)
-    tails, largest = prior_tail_scales(samples, borders), _largest(recipe)
-    return SetTransformer(
-        recipe.prior.max_features, borders.tolist(), tails.tolist(), largest=largest, seed=recipe.seed, **settings
-    )
-
-
-def _classifier(recipe: Recipe, **settings: Any) -> SetClassifier:
-    largest = _largest(recipe)[:1]
-    return SetClassifier(
-        recipe.prior.max_features, recipe.prior.max_classes, largest=largest, seed=recipe.seed, **settings
-    )
-
-
-def _deep_set(recipe: Recipe, **settings: Any) -> DeepSetNetwork:
-    return DeepSetNetwork(recipe.prior.max_features, largest=_largest(recipe), seed=recipe.seed, **settings)
-
-
-def _sample(recipe: Recipe) -> TaskBatch:
-    return recipe.prior(NUM_SAMPLES, 16, torch.Generator().manual_seed(recipe.seed))
-
-
-def _largest(recipe: Recipe) -> list[float]:
-    """Of inputs and outcomes, in tasks as long as the longest in training."""
-    rows = recipe.training.max_context + recipe.training.num_queries
-    batch = recipe.prior(max(1, NUM_SAMPLES * 16 // rows), rows, torch.Generator().manual_seed(recipe.seed))
-    return [float(values.abs().max()) for values in (batch.X, batch.y)]
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "transformer": _transformer,
-    "classifier": _classifier,
-    "deep-set": _deep_set,
-}
-
-
-def read_recipe(path: str | Path) -> Recipe:
-    """The recipe of a file, or that of a network that ships with the package, by its name.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if the file holds no recipe.
-    """
-    shipped = Path(bayesnn.pretrained.__path__[0]) / "recipes" / f"{path}.json"
-    place = shipped if shipped.exists() else Path(path)
-    if not place.exists():
-        names = sorted(file.stem for file in shipped.parent.glob("*.json"))
-        raise FileNotFoundError(f"no recipe {str(path)!r}: want a file, or one of {', '.join(names)}")
-    try:
-        description = json.loads(place.read_text(encoding="utf-8"))
-        settings = description["arguments"].get("settings")
-        if isinstance(settings, dict) and "dict" not in settings:  # as people write it
-            description["arguments"]["settings"] = {"dict": settings}
-        recipe = build(description)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"{str(path)!r} holds no recipe: {error}") from error
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"{str(path)!r} holds no recipe, but a {type(recipe).__name__}")
-    return recipe
-
-
-def write_recipe(path: str | Path, recipe: Recipe) -> None:
-    """Write a recipe as JSON.
-
-    Raises:
-        TypeError: for a prior of your own that isn't ``Configured``.
-    """
-    Path(path).write_text(json.dumps(describe(recipe), indent=2) + "\n", encoding="utf-8")
 
 
 def launched_fabric(accelerator: str, devices: int, precision: str) -> Any:
@@ -187,6 +51,7 @@ def train(
     fabric: Any = None,
     log: Callable[[str], None] = print,
     log_every: int = 200,
+    start: nn.Module | None = None,
 ) -> nn.Module:
     """Run a recipe to its end, from the checkpoint on if there is one.
 
@@ -197,22 +62,26 @@ def train(
             all processes, each of which draws tasks of its own. None: this process, on the CPU.
         log: told of the loss, and where the prior knows it of the gap to the exact answer on 16 tasks.
         log_every: steps between.
+        start: the trained network of the recipe before, see :func:`load_start`; None: that recipe is run first, if there is
+            one, with its state in the checkpoint's folder ``before``.
 
     Returns:
         The network, on the CPU.
     """
     count("log_every", log_every)
-    network = recipe.build_network()
+    if recipe.before is not None and start is None:
+        folder = None if checkpoint is None else Path(checkpoint) / "before"
+        start = train(recipe.before, folder, fabric, log, log_every)
+    network = recipe.build_network(start).train()
     rank = 0
     if fabric is not None:
         network, rank = network.to(fabric.device), fabric.global_rank
-    losses: list[float] = []
+    losses: deque[float] = deque(maxlen=log_every)
 
     def report(index: int, state: MetaState, info: MetaInfo) -> None:
         losses.append(float(info.loss))
         if (index + 1) % log_every == 0 and rank == 0:
-            recent = torch.tensor(losses[-log_every:])
-            log(f"step {index + 1} mean loss {recent.mean():.4f}{_live_gap(recipe, network, state)}")
+            log(f"step {index + 1} mean loss {sum(losses) / len(losses):.4f}{_live_gap(recipe, network, state)}")
 
     target = MetaTarget(network, recipe.prior, fabric)
     place = checkpoint
@@ -264,15 +133,36 @@ def noted_hardware(checkpoint: str | Path) -> str:
     return "; ".join(path.read_text(encoding="utf-8").splitlines()) if path.exists() else "not noted"
 
 
-def from_checkpoint(recipe: Recipe, checkpoint: str | Path) -> tuple[nn.Module, int]:
-    """The network as the checkpoint left it, and the number of steps behind it.
+def load_start(recipe: Recipe, path: str | Path) -> tuple[nn.Module, str]:
+    """The network of the recipe before, from its file, and what it was trained on.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the recipe has none before it, or the file is of another, or its training didn't end.
+    """
+    if recipe.before is None:
+        raise ValueError(f"the recipe {recipe.name!r} begins with random weights, so there is no start")
+    network, card = load_network(path)
+    if card.get("recipe") != json.loads(json.dumps(describe(recipe.before))):
+        raise ValueError(f"{str(path)!r} isn't of the recipe before {recipe.name!r}, by its card")
+    if card.get("steps_done") != recipe.before.training.num_steps:
+        raise ValueError(
+            f"{str(path)!r} has {card.get('steps_done')} steps behind it, its recipe has {recipe.before.training.num_steps}"
+        )
+    return network, str(card.get("hardware"))
+
+
+def from_checkpoint(recipe: Recipe, checkpoint: str | Path, start: nn.Module | None = None) -> tuple[nn.Module, int]:
+    """The network as the checkpoint left it, and the number of steps behind it; ``start`` is that of :func:`train`.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it is damaged, or of another recipe.
     """
     tensors, description = read_tensors(Path(checkpoint) / "state.safetensors")
-    network = recipe.build_network()
+    if recipe.before is not None and start is None:
+        start, _ = from_checkpoint(recipe.before, Path(checkpoint) / "before")
+    network = recipe.build_network(start)
     wanted = {
         "method": describe(recipe.training),
         "target": MetaTarget(network, recipe.prior).fingerprint,
@@ -289,6 +179,11 @@ def from_checkpoint(recipe: Recipe, checkpoint: str | Path) -> tuple[nn.Module, 
     return network, int(description["step"])
 
 
+def steps_before(recipe: Recipe) -> int:
+    """Of the trainings that its own goes on from."""
+    return 0 if recipe.before is None else recipe.before.training.num_steps + steps_before(recipe.before)
+
+
 def export(
     recipe: Recipe, network: nn.Module, num_steps: int, folder: str | Path, hardware: str, num_tasks: int = 512
 ) -> dict[str, Any]:
@@ -301,6 +196,7 @@ def export(
         "max_context": recipe.training.max_context,
         "seed": recipe.seed,
         "steps_done": num_steps,
+        "steps_before": steps_before(recipe),
         "hardware": hardware,
         "torch": torch.__version__,
         "licence": "MIT",

@@ -220,7 +220,8 @@ class SetTransformer(_SetTransformer):
         seed: of the initial weights.
 
     Raises:
-        ValueError: if ``num_heads`` doesn't divide ``width``.
+        ValueError: if ``num_heads`` doesn't divide ``width``, for borders that don't increase or aren't finite, and for tail
+            scales that aren't two positive numbers.
     """
 
     def __init__(
@@ -245,9 +246,40 @@ class SetTransformer(_SetTransformer):
         super().__init__(max_features, 1, 2 * self.num_buckets, width, num_layers, num_heads, expansion, largest, seed)
         self.borders: Tensor
         self.tail_scales: Tensor
-        self._borders, self._tail_scales = ([float(value) for value in values] for values in (borders, tail_scales))
-        self.register_buffer("borders", torch.tensor(self._borders))
-        self.register_buffer("tail_scales", torch.tensor(self._tail_scales))
+        self.register_buffer("borders", torch.tensor(list(borders), dtype=torch.get_default_dtype()))
+        self.register_buffer("tail_scales", torch.tensor(list(tail_scales), dtype=torch.get_default_dtype()))
+
+    def refined(self, borders: Sequence[float], tail_scales: Sequence[float]) -> SetTransformer:
+        """The same network with more buckets: each passes its probability on by the shares of the new ones in it.
+
+        Args:
+            borders: with all inner borders of this network among the inner ones.
+            tail_scales: of the new tails.
+
+        Raises:
+            ValueError: if an old inner border isn't among the new ones.
+        """
+        old, new = self.borders.cpu().double(), torch.tensor(list(borders), dtype=torch.float64)
+        distance = (old[1:-1, None] - new[None, 1:-1]).abs().amin(1)
+        if not bool((distance < 1e-5).all()):
+            raise ValueError(
+                f"borders must have the network's inner ones among them, lacks {int((distance >= 1e-5).sum())}"
+            )
+        one_hot = torch.full((self.num_buckets, self.num_buckets), -torch.inf, dtype=torch.float64).fill_diagonal_(0.0)
+        each = Histogram(old, one_hot, self.tail_scales.cpu().double(), validate_args=False)
+        below = each.cdf(new[1:-1, None].expand(-1, self.num_buckets)).T
+        shares = torch.cat([below[:, :1], below.diff(dim=-1), 1 - below[:, -1:]], -1)  # of a bucket (row) in new ones
+        share, parent = shares.max(0)
+        arguments = self._arguments | {"borders": list(borders), "tail_scales": list(tail_scales)}
+        twin = SetTransformer(**arguments)
+        state = self.state_dict()
+        rows = torch.cat([parent, parent + self.num_buckets])
+        logs = share.log().repeat(2).to(state["head.2.bias"])
+        state["head.2.weight"] = state["head.2.weight"][rows]
+        state["head.2.bias"] = state["head.2.bias"][rows] + logs
+        state |= dict(twin.named_buffers())
+        twin.load_state_dict(state)
+        return twin.to(self.borders)
 
     def distributions(self, output: Tensor) -> tuple[Histogram, Histogram]:
         """The histograms of f and of y, batch shape (*batch, q), of logits (*batch, q, 2 K), f's first."""
@@ -255,8 +287,8 @@ class SetTransformer(_SetTransformer):
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         f, y = output.unflatten(-1, (2, self.num_buckets)).unbind(-2)
         borders, tails = self.borders, self.tail_scales
-        if borders.dtype != output.dtype:
-            borders, tails = output.new_tensor(self._borders), output.new_tensor(self._tail_scales)
+        if borders.dtype != output.dtype:  # a network in half precision has lost their digits
+            borders, tails = (output.new_tensor(list(self._arguments[name])) for name in ("borders", "tail_scales"))
         return (
             Histogram(borders, f, tails, validate_args=False),
             Histogram(borders, y, tails, validate_args=False),

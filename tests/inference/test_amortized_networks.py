@@ -8,9 +8,9 @@ import torch
 import bayesnn.pretrained
 from bayesnn.configured import build, describe
 from bayesnn.files import read_tensors, write_tensors
-from bayesnn.histogram import prior_borders
+from bayesnn.histogram import prior_borders, refined_borders
 from bayesnn.inference.amortized.deep_set import DeepSetNetwork
-from bayesnn.inference.amortized.pretraining import Recipe
+from bayesnn.inference.amortized.recipes import Recipe
 from bayesnn.inference.amortized.transformer import SetTransformer
 from bayesnn.inference.amortized.weights import load_network, load_pretrained, pretrained_names, save_network
 
@@ -316,3 +316,23 @@ def test_the_classifier_that_ships():
         (classes,) = network(X[:60], labels[:60, None].float(), X[60:])
     assert float((classes.logits.argmax(-1) == labels[60:]).double().mean()) > 0.9
     assert float(classes.probs[:, 3:].sum(-1).mean()) < 0.1
+
+
+def test_refined_histograms_keep_their_probabilities(data):
+    """Splitting buckets changes neither density nor distribution function between the old tails, nor the tails' masses."""
+    network = MAKERS["transformer"]().double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double())
+    borders = refined_borders(network.borders, torch.linspace(-4, 4, 1000), 0.1)
+    twin = network.refined(borders.tolist(), (0.5, 0.5))
+    assert twin.num_buckets == len(borders) - 1 > 5 * network.num_buckets
+    values = torch.linspace(float(network.borders[1]), float(network.borders[-2]), 301, dtype=torch.float64)[1:-1]
+    for old, new in zip(network(*data), twin(*data), strict=True):
+        at = values[:, None, None].expand(-1, 2, 5)
+        torch.testing.assert_close(new.cdf(at), old.cdf(at), atol=1e-6, rtol=0)
+        torch.testing.assert_close(new.log_prob(at + 1e-4), old.log_prob(at + 1e-4), atol=1e-5, rtol=0)
+        beyond = torch.full((2, 5), float(network.borders[-2]) + 0.7).double()
+        assert not torch.allclose(new.cdf(beyond), torch.ones(2, 5).double(), atol=1e-6)
+    with pytest.raises(ValueError, match="borders must have the network's inner ones among them"):
+        network.refined(torch.linspace(-3, 3, 40).tolist(), (0.5, 0.5))

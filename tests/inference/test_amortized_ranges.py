@@ -10,7 +10,7 @@ from bayesnn import PFN, ConditionalNeuralProcess, NotFittedError
 from bayesnn.bo import suggest
 from bayesnn.histogram import prior_borders
 from bayesnn.inference.amortized import DeepSetNetwork, GPTasks, GridGPTasks, MetaTraining, SetTransformer, TaskBatch
-from bayesnn.inference.amortized.pretraining import Recipe
+from bayesnn.inference.amortized.recipes import Recipe
 
 BORDERS = prior_borders(torch.linspace(-3, 3, 100), 12).tolist()
 

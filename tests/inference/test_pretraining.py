@@ -14,15 +14,8 @@ from bayesnn.cli import app
 from bayesnn.files import read_tensors
 from bayesnn.inference.amortized import CausalTasks, GridGPTasks, MetaTraining, SetClassifier, SetTransformer
 from bayesnn.inference.amortized.meta_training import MetaTarget
-from bayesnn.inference.amortized.pretraining import (
-    Recipe,
-    export,
-    from_checkpoint,
-    launched_fabric,
-    read_recipe,
-    train,
-    write_recipe,
-)
+from bayesnn.inference.amortized.pretraining import export, from_checkpoint, launched_fabric, load_start, train
+from bayesnn.inference.amortized.recipes import Recipe, read_recipe, write_recipe
 from bayesnn.inference.amortized.weights import load_network
 
 TRAINING = MetaTraining(num_steps=4, max_context=10, num_queries=8, rows_per_batch=128, num_warmup=2)
@@ -77,6 +70,67 @@ def test_a_network_covers_its_prior():
     assert bool((network.borders.diff() > 0).all()) and bool((network.tail_scales > 0).all())
     classifier = RECIPES["classes"].build_network()
     assert isinstance(classifier, SetClassifier) and classifier.num_outputs == 3
+
+
+def test_a_second_training(tmp_path):
+    """It goes on from the first one's network, with finer histograms; from a file or from scratch: the same."""
+    first = RECIPES["regression"]
+    second = replace(first, name="second", training=replace(TRAINING, num_steps=3), seed=1, before=first, max_width=0.3)
+    export(first, train(first, log=lambda line: None), 4, tmp_path, "a test", num_tasks=2)
+    start, hardware = load_start(second, tmp_path / "tiny.safetensors")
+    assert hardware == "a test"
+    at_once = train(second, tmp_path / "state", log=lambda line: None)
+    from_file = train(second, log=lambda line: None, start=start)
+    assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), from_file.parameters(), strict=True))
+    assert from_file.borders[1:-1].diff().max() <= 0.3 + 1e-6 and from_file.num_buckets > start.num_buckets
+    for begin in (start, None):
+        again, num_steps = from_checkpoint(second, tmp_path / "state", begin)
+        assert num_steps == 3
+        assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), again.parameters(), strict=True))
+    card = export(second, from_file, 3, tmp_path, "a test", num_tasks=2)
+    assert card["steps_before"] == 4
+    write_recipe(tmp_path / "second.json", second)
+    assert read_recipe(tmp_path / "second.json") == second
+    command = ["pretrain", str(tmp_path / "second.json"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--start", str(tmp_path / "tiny.safetensors")])
+    assert result.exit_code == 0, result.output
+    told, card = load_network(tmp_path / "out" / "second.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(told.parameters(), from_file.parameters(), strict=True))
+    assert card["hardware"] == "a test; then 1 x cpu, 32-true"
+
+
+def test_a_second_training_of_something_else(tmp_path):
+    first = RECIPES["regression"]
+    second = replace(first, before=first)
+    export(first, train(first, log=lambda line: None), 2, tmp_path, "a test", num_tasks=2)
+    with pytest.raises(ValueError, match="has 2 steps behind it, its recipe has 4"):
+        load_start(second, tmp_path / "tiny.safetensors")
+    with pytest.raises(ValueError, match="isn't of the recipe before 'tiny', by its card"):
+        load_start(replace(second, before=replace(first, seed=3)), tmp_path / "tiny.safetensors")
+    with pytest.raises(ValueError, match="begins with random weights, so there is no start"):
+        load_start(first, tmp_path / "tiny.safetensors")
+    for changed, error, message in [
+        ({"before": "tiny"}, TypeError, "before must be a Recipe or None, found str"),
+        ({"settings": {"width": 32}}, ValueError, "network and settings must be those of the recipe before"),
+        (
+            {"prior": GridGPTasks(max_features=2)},
+            ValueError,
+            "prior must have as many features as the one before, 1, found 2",
+        ),
+        ({"max_width": 0.0}, ValueError, "max_width must be"),
+        (
+            {"before": None, "max_width": 0.1},
+            ValueError,
+            "max_width refines the network of a recipe before, and there is none",
+        ),
+        (
+            {"before": RECIPES["deep set"], "network": "deep-set", "settings": {"width": 16}, "max_width": 0.1},
+            ValueError,
+            "max_width is of histograms, which a network of kind 'deep-set' doesn't have",
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            replace(second, **changed)
 
 
 @pytest.mark.parametrize("name", ["regression", "gp-small", "bo", "tabular-classification", "cnp-gp-small"])

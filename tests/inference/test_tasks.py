@@ -283,6 +283,8 @@ def test_a_mixture_draws_each_prior_as_often_as_it_is_told():
         (lambda: BNNTasks(max_width=1), "max_width must be at least 2"),
         (lambda: BNNTasks(gain_range=(2.0, 1.0)), "gain_range must be two increasing positive numbers"),
         (lambda: SearchTasks(warp_spread=-1.0), "warp_spread must be a number from 0 on"),
+        (lambda: SearchTasks(noise=(0.1,)), "noise must be a mean and a spread of logarithms"),
+        (lambda: SearchTasks(noise_range=(0.5, 0.1)), "noise_range must be two increasing positive numbers"),
         (lambda: MixtureTasks([]), "priors must have at least one prior"),
         (lambda: MixtureTasks([GPTasks()], [1, 2]), "weights must be 1 positive numbers"),
     ],

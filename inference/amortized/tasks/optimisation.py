@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayesnn.checks import check_fields, count, nonnegative
+from bayesnn.checks import check_fields, count, nonnegative, positive_range
 from bayesnn.configured import Configured
 from bayesnn.inference.amortized.tasks.base import Draws, Exact, TaskBatch
 from bayesnn.inference.amortized.tasks.covariances import (
@@ -42,14 +42,16 @@ class SearchTasks(Configured):
     * each feature unused with probability 0.3, but not all of them;
     * Kumaraswamy's warp :math:`w(u) = 1 - (1 - u^a)^b` of each feature, :math:`\log a, \log b \sim N(0, s_w^2)`, in half
       of the tasks;
-    * noise of standard deviation :math:`\mathrm{LogNormal}(-4.63, 0.5)`, relative to f's of 1, or, in a third of the
-      tasks, log-uniform over (0.03, 0.5).
+    * noise of standard deviation :math:`\mathrm{LogNormal}(m, s)`, relative to f's of 1, or, in a third of the tasks,
+      log-uniform over ``noise_range``.
 
     X is :math:`(u - \frac12) \sqrt{12}`: a search space has known bounds.
 
     Attributes:
         max_features: width of X; the number of features is uniform in 1..``max_features``.
         warp_spread: :math:`s_w`.
+        noise: m and s; HEBO's noise variance is :math:`\mathrm{LogNormal}(-4.63, 0.5)`, which are these values.
+        noise_range: of the third; from next to nothing, as objectives without noise have it, to much.
 
     Source: the HEBO+ prior of Müller et al., PFNs4BO (ICML 2023). Ours: the factor :math:`\sqrt d` (Hvarfner et al., ICML
     2024), the noisy third, the centring in place of a random output scale, and points near each other.
@@ -57,10 +59,15 @@ class SearchTasks(Configured):
 
     max_features: int = 8
     warp_spread: float = 0.5
+    noise: tuple[float, float] = (-2.315, 0.25)
+    noise_range: tuple[float, float] = (0.01, 0.5)
 
     def __post_init__(self) -> None:
         check_fields(self, count, "max_features")
         check_fields(self, nonnegative, "warp_spread")
+        check_fields(self, positive_range, "noise_range")
+        if len(self.noise) != 2 or not all(math.isfinite(value) for value in self.noise) or self.noise[1] < 0:
+            raise ValueError(f"noise must be a mean and a spread of logarithms, found {self.noise!r}")
 
     def __call__(self, batch_size: int, num_points: int, generator: torch.Generator) -> TaskBatch:
         """Draw ``batch_size`` tasks of ``num_points`` points, in float64, with their processes."""
@@ -80,9 +87,10 @@ class SearchTasks(Configured):
         lengthscale = torch._standard_gamma(shape, generator=draw.generator) / LENGTHSCALE[1]
         lengthscale = lengthscale.clamp_min(0.05) * used.sum(-1, keepdim=True).sqrt()
         powers = torch.exp(self.warp_spread * draw.normal(2, used.shape[-1]) * (draw.uniform(1, 1) < 0.5))
-        low, high = math.log(0.03), math.log(0.5)
-        noisy = (low + (high - low) * draw.uniform()).exp()
-        noise_std = torch.where(draw.uniform() < 1 / 3, noisy, torch.exp(-4.63 + 0.5 * draw.normal()))
+        low, high = (math.log(bound) for bound in self.noise_range)
+        mean, spread = self.noise
+        others = (low + (high - low) * draw.uniform()).exp()
+        noise_std = torch.where(draw.uniform() < 1 / 3, others, torch.exp(mean + spread * draw.normal()))
         return SearchHyperparameters(relevant, lengthscale, powers, noise_std)
 
     def covariance(self, X: Tensor, hyperparameters: SearchHyperparameters) -> Tensor:
