@@ -8,11 +8,11 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
+from bayesnn.bo.outcomes import Direction
 from bayesnn.bo.result import Interrupted, Result, history_of, result_of
 from bayesnn.bo.sampler import Surrogate, SurrogateSampler
 from bayesnn.bo.space import Space
 from bayesnn.bo.study import Callback, Objective, open_study, quiet_optuna, run_trials
-from bayesnn.bo.suggest import Direction
 
 
 def minimize(

@@ -115,13 +115,85 @@ class Categorical:
         return "one of " + ", ".join(repr(choice) for choice in self.choices)
 
 
-Parameter = Numeric | Categorical
+@dataclass(frozen=True)
+class Ordinal:
+    """One of several values in an order: neighbours are alike, all steps count the same. Optuna keeps it as a category.
+
+    Args:
+        choices: from one end to the other: ``Ordinal(["small", "medium", "large"])``.
+
+    Raises:
+        TypeError, ValueError: for choices that make no sense.
+    """
+
+    choices: Sequence[Scalar]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choices, str) or not isinstance(self.choices, Sequence):
+            raise TypeError(f"the choices of an Ordinal must be a list, found {self.choices!r}")
+        object.__setattr__(self, "choices", _categorical("an Ordinal", list(self.choices)).choices)
+
+    @property
+    def num_values(self) -> float:
+        """How many choices there are."""
+        return len(self.choices)
+
+    def code(self, value: Any) -> float:
+        """Choice -> its place in [0, 1]. Raises ValueError for anything else."""
+        return Categorical(tuple(self.choices)).code(value) / (len(self.choices) - 1)
+
+    def value(self, code: float) -> Scalar:
+        """[0, 1] -> the nearest choice."""
+        return Categorical(tuple(self.choices)).value(code * (len(self.choices) - 1))
+
+    def spread(self, uniform: float) -> float:
+        """The code at a quantile, where all choices are equally likely."""
+        return Categorical(tuple(self.choices)).spread(uniform) / (len(self.choices) - 1)
+
+    def distribution(self) -> BaseDistribution:
+        """The same as an Optuna distribution, which knows no order."""
+        return CategoricalDistribution(self.choices)
+
+    def __str__(self) -> str:
+        return "one of " + " < ".join(repr(choice) for choice in self.choices)
+
+
+Parameter = Numeric | Categorical | Ordinal
+
+
+@dataclass(frozen=True)
+class When:
+    """A parameter that exists under a condition only: ``When((0.0, 0.9), optimizer=["sgd", "rmsprop"])``.
+
+    Args:
+        form: what :class:`Space` takes: (low, high), a list of choices …
+        condition: the values of one other parameter, defined before, under which this one exists.
+
+    Raises:
+        ValueError: unless there is one other parameter, with at least one value.
+    """
+
+    form: Any
+    parent: str
+    values: tuple[Scalar, ...]
+
+    def __init__(self, form: Any, /, **condition: Any) -> None:
+        if len(condition) != 1:
+            raise ValueError(f"When needs the values of one other parameter, found {len(condition)}")
+        ((parent, values),) = condition.items()
+        values = tuple(values) if isinstance(values, (list, tuple)) else (values,)
+        if not values:
+            raise ValueError(f"When needs at least one value of {parent}, found none")
+        for name, value in (("form", form), ("parent", parent), ("values", values)):
+            object.__setattr__(self, name, value)
 
 
 def all_codes(parameter: Parameter) -> list[float]:
     """The codes of all values of a parameter that isn't continuous."""
     if isinstance(parameter, Categorical):
         return [float(index) for index in range(len(parameter.choices))]
+    if isinstance(parameter, Ordinal):
+        return [index / (len(parameter.choices) - 1) for index in range(len(parameter.choices))]
     assert parameter.step is not None
     return [parameter.code(parameter.low + k * parameter.step) for k in range(int(parameter.num_values))]
 
@@ -130,11 +202,15 @@ def parameter_from_form(name: str, form: Any) -> Parameter:
     """What the user wrote -> parameter. Raises TypeError or ValueError, naming the parameter."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"a parameter's name is a non-empty string, found {name!r}")
+    if isinstance(form, Ordinal):
+        return form
     if isinstance(form, list):
         return _categorical(name, form)
     pair = isinstance(form, tuple) and len(form) in (2, 3) and all(_is_number(end) for end in form[:2])
     if not pair or (len(form) == 3 and form[2] != "log"):
-        raise TypeError(f'{name} must be (low, high), (low, high, "log") or a list of choices, found {form!r}')
+        raise TypeError(
+            f'{name} must be (low, high), (low, high, "log"), a list of choices or an Ordinal, found {form!r}'
+        )
     low, high, log = form[0], form[1], len(form) == 3
     if not math.isfinite(high - low):
         raise ValueError(f"{name} must have finite ends, not too far apart, found {form!r}")

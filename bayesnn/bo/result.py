@@ -135,4 +135,11 @@ def result_of(study: Study, space: Space, sampler: SurrogateSampler) -> Result:
         )
     best = study.best_trial
     assert best.value is not None
-    return Result({name: best.params[name] for name in space.names}, best.value, history, space, study, sampler)
+    return Result(
+        {name: best.params[name] for name in space.names if name in best.params},
+        best.value,
+        history,
+        space,
+        study,
+        sampler,
+    )

@@ -19,6 +19,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from bayesnn.bo.acquisition import NAMES, Name
+from bayesnn.bo.outcomes import Direction, Limit, outcomes_of
 from bayesnn.bo.space import Space
 from bayesnn.bo.suggest import propose
 from bayesnn.data import BayesnnWarning
@@ -34,13 +36,15 @@ class Observations(NamedTuple):
 
     Fields:
         codes: of the finished trials (n, d).
-        values: their objectives (n, m).
-        pending: codes of the running trials.
-        failed: codes of the trials without a usable value: failed, pruned, infinite.
+        values: their objectives, and then their constraints (n, m + c).
+        constraints: the names of the constraints, which are kept where the value is at most 0.
+        pending: codes of the running trials, and of the pruned ones: what is close to them promises nothing.
+        failed: codes of the trials that failed, or whose value isn't finite.
     """
 
     codes: Tensor
     values: Tensor
+    constraints: tuple[str, ...]
     pending: Tensor
     failed: Tensor
 
@@ -48,9 +52,11 @@ class Observations(NamedTuple):
 class SurrogateSampler(BaseSampler):
     """An Optuna sampler that fits a surrogate model to the finished trials and tries what :func:`suggest` suggests.
 
-    The first trials come from a scrambled Sobol sequence. Running trials count as pending. Trials that failed, were pruned
-    or returned an infinite value are left out of the fit and not tried again. Minimises or maximises, one objective or
-    several. A parameter that isn't in all finished trials is drawn uniformly, by itself, and so is everything in the very
+    The first trials come from a scrambled Sobol sequence. Running trials count as pending. Trials that failed or returned an
+    infinite value are left out of the fit and not tried again, and where there are some, what is suggested is weighed by the
+    probability that it succeeds; pruned ones count as pending. Constraints that trials set (``trial.set_constraint``) are
+    modelled beside the objectives, if all finished trials have them. Minimises or maximises, one objective or several. A
+    parameter that isn't in all finished trials is drawn uniformly, by itself, and so is everything in the very
     first trial of a study whose space isn't given. The same seed and the same trials give the
     same next trial, also after a restart and in another process.
 
@@ -65,7 +71,7 @@ class SurrogateSampler(BaseSampler):
         num_startup: how many trials must have finished before the surrogate is used.
         seed: of every random draw.
         space: the search space, if it is known beforehand; otherwise it is what the finished trials have in common.
-        num_restarts, raw_samples, num_samples: as in :func:`suggest`.
+        acquisition, reference_point, beta, num_restarts, raw_samples, num_samples, seconds: as in :func:`suggest`.
 
     Raises:
         TypeError, ValueError: for a surrogate that doesn't exist, and numbers that make no sense.
@@ -82,9 +88,13 @@ class SurrogateSampler(BaseSampler):
         num_startup: int = 10,
         seed: int = 0,
         space: Space | Mapping[str, Any] | None = None,
+        acquisition: Name = "auto",
+        reference_point: Sequence[float] | None = None,
+        beta: float = 4.0,
         num_restarts: int = 8,
         raw_samples: int = 256,
         num_samples: int = 256,
+        seconds: float | None = None,
     ) -> None:
         if num_startup < 1:
             raise ValueError(f"num_startup must be at least 1, found {num_startup}")
@@ -92,10 +102,16 @@ class SurrogateSampler(BaseSampler):
             raise ValueError(f"seed must not be negative, found {seed}")
         self.surrogate, self.num_startup, self.seed = surrogate, num_startup, seed
         self.space = space if isinstance(space, Space) or space is None else Space(space)
+        if acquisition not in NAMES:
+            raise ValueError(f"acquisition must be one of {', '.join(NAMES)}, found {acquisition!r}")
         self.search: dict[str, Any] = {
+            "acquisition": acquisition,
+            "reference_point": reference_point,
+            "beta": beta,
             "num_restarts": num_restarts,
             "raw_samples": raw_samples,
             "num_samples": num_samples,
+            "seconds": seconds,
         }
         self.surrogate_name, self._fit = _fitter(surrogate)
         self._warned_of: set[str] = set()
@@ -116,7 +132,7 @@ class SurrogateSampler(BaseSampler):
         if not search_space:
             return {}
         start = time.perf_counter()
-        space = Space.from_distributions(search_space)
+        space = Space.from_distributions(search_space) if self.space is None else self.space
         observations = observe(study, space, exclude=trial.number)
         record: dict[str, Any] = {
             "sampler": "surrogate",
@@ -191,9 +207,21 @@ class SurrogateSampler(BaseSampler):
         start = time.perf_counter()
         model = self._fitted(space, observations, seed)
         record["fit_seconds"] = round(time.perf_counter() - start, 6)
-        directions = ["maximize" if d is StudyDirection.MAXIMIZE else "minimize" for d in study.directions]
-        unavailable = torch.cat([observations.pending, observations.failed])
-        proposal = propose(model, space, 1, pending=unavailable, directions=directions, seed=seed, **self.search)
+        num_objectives = len(study.directions)
+        limits: dict[int, Limit] = {num_objectives + k: ("<=", 0.0) for k in range(len(observations.constraints))}
+        directions: list[Direction] = [
+            "maximize" if direction is StudyDirection.MAXIMIZE else "minimize" for direction in study.directions
+        ]
+        proposal = propose(
+            model,
+            space,
+            1,
+            outcomes=outcomes_of(model.num_outputs, directions, limits),
+            pending=observations.pending,
+            failed=observations.failed,
+            seed=seed,
+            **self.search,
+        )
         record |= {"acquisition": proposal.acquisition, "acquisition_value": proposal.values[0]}
         return proposal.codes
 
@@ -214,29 +242,37 @@ def observe(study: Study, space: Space, exclude: int | None = None) -> Observati
         space: the space.
         exclude: the number of a trial to leave out, the one that is being started.
     """
+    trials = study.get_trials(deepcopy=False)
+    succeeded = [trial for trial in trials if _has_values(trial)]
+    constraints = tuple(sorted(set.intersection(*(set(trial.constraints) for trial in succeeded)) if succeeded else ()))
+    # A trial that was cut off failed by no fault of its configuration, which has been queued again.
+    cut_off = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     rows: dict[str, list[Tensor]] = {"finished": [], "pending": [], "failed": []}
     values: list[Sequence[float]] = []
-    for trial in study.get_trials(deepcopy=False):
+    for trial in trials:
         code = _code(trial, space)
-        if trial.number == exclude or code is None:
+        if trial.number == exclude or code is None or trial.number in cut_off:
             continue
-        if not trial.state.is_finished():
+        if trial.state in (TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED):
             rows["pending"].append(code)
-        elif trial.state is TrialState.COMPLETE and bool(np.isfinite(trial.values).all()):
+        elif _has_values(trial):
             rows["finished"].append(code)
-            values.append(trial.values)
+            values.append([*trial.values, *(trial.constraints[name] for name in constraints)])
         else:
             rows["failed"].append(code)
     finished, pending, failed = (_stack(rows[kind], len(space.parameters)) for kind in rows)
-    return Observations(finished, _stack(values, len(study.directions)), pending, failed)
+    width = len(study.directions) + len(constraints)
+    return Observations(finished, _stack(values, width), constraints, pending, failed)
+
+
+def _has_values(trial: FrozenTrial) -> bool:
+    return trial.state is TrialState.COMPLETE and bool(np.isfinite(trial.values).all())
 
 
 def _code(trial: FrozenTrial, space: Space) -> Tensor | None:
-    if not set(space.names) <= set(trial.params):
-        return None
     try:
-        return space.codes([{name: trial.params[name] for name in space.names}])[0]
-    except ValueError:  # the trial's own range was another one
+        return space.codes([{name: value for name, value in trial.params.items() if name in space.parameters}])[0]
+    except ValueError:  # a parameter is missing, or the trial's own range was another one
         return None
 
 

@@ -1,8 +1,9 @@
 """Search spaces: what may be tried, and how a configuration becomes numbers.
 
 A configuration is a dict of values. Its *code* is a row of float64: numbers lie in [0, 1] (on the log scale where the
-parameter is), integers and steps on the grid of their values, a category is its index. Its *features*, what surrogates
-are fitted to, are the code with every category one-hot.
+parameter is), integers, steps and ordinals on the grid of their values, a category is its index. A parameter whose condition
+isn't met isn't in the configuration, and its code is that of its middle value. Its *features*, what surrogates are fitted to,
+are the code with every category one-hot.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch.quasirandom import SobolEngine
 from bayesnn.bo.parameters import (
     Categorical,
     Numeric,
+    Ordinal,
     Parameter,
+    When,
     all_codes,
     parameter_from_distribution,
     parameter_from_form,
@@ -37,13 +40,15 @@ class Space:
     Args:
         definition: for each parameter's name ``(low, high)``: a number, a whole one if both ends are ``int``;
             ``(low, high, "log")``: the same on the log scale; a list of at least two strings, numbers, booleans or None:
-            a category. Both ends are included.
+            a category; ``Ordinal([…])``: one with an order. Both ends are included. ``When(form, other=values)``: any of
+            these that exists only where ``other``, which is defined before, has one of some values.
 
     Raises:
         TypeError, ValueError: for a definition that makes no sense, naming the parameter.
 
     Example:
         >>> Space({"x": (0.0, 1.0), "n": (1, 10), "rate": (1e-5, 1e-1, "log"), "kind": ["a", "b"]})
+        >>> Space({"optimizer": ["adam", "sgd"], "momentum": When((0.0, 0.99), optimizer="sgd")})
     """
 
     def __init__(self, definition: Mapping[str, Any]) -> None:
@@ -51,9 +56,26 @@ class Space:
             raise TypeError(f"a space is a dict of name: (low, high) or [choices], found {type(definition).__name__}")
         if not definition:
             raise ValueError("a space needs at least one parameter, found none")
-        self.parameters: dict[str, Parameter] = {
-            name: parameter_from_form(name, form) for name, form in definition.items()
-        }
+        self.parameters: dict[str, Parameter] = {}
+        self.conditions: dict[str, When] = {}
+        for name, form in definition.items():
+            if isinstance(form, When):
+                self.conditions[name] = self._checked(name, form)
+                form = form.form
+            self.parameters[name] = parameter_from_form(name, form)
+
+    def _checked(self, name: str, condition: When) -> When:
+        if condition.parent not in self.parameters:
+            raise ValueError(f"{name} depends on {condition.parent!r}, which must be a parameter defined before it")
+        parent = self.parameters[condition.parent]
+        if parent.num_values == math.inf:
+            raise ValueError(f"{name} must depend on a parameter with separate values; {condition.parent} is {parent}")
+        for value in condition.values:
+            try:
+                parent.code(value)
+            except ValueError as error:
+                raise ValueError(f"{name} depends on {condition.parent} in a way that can't be: {error}") from None
+        return condition
 
     @classmethod
     def from_distributions(cls, distributions: Mapping[str, BaseDistribution]) -> Space:
@@ -63,6 +85,7 @@ class Space:
             TypeError: for a kind of distribution that Optuna doesn't have.
         """
         space = cls.__new__(cls)
+        space.conditions = {}
         space.parameters = {name: parameter_from_distribution(name, given) for name, given in distributions.items()}
         return space
 
@@ -75,8 +98,12 @@ class Space:
 
     @property
     def size(self) -> float:
-        """How many configurations there are; infinite if anything is continuous."""
-        return math.prod(parameter.num_values for parameter in self.parameters.values())
+        """How many configurations there are; infinite if anything is continuous.
+
+        With conditions, more than a million combinations aren't counted one by one: then it is the number of all codes.
+        """
+        size = math.prod(parameter.num_values for parameter in self.parameters.values())
+        return len(self.grid()) if self.conditions and size <= 1_000_000 else size
 
     @property
     def num_features(self) -> int:
@@ -99,7 +126,7 @@ class Space:
     def step_codes(self) -> dict[int, list[float]]:
         """For each column that is a number with few values, the codes of those values."""
         columns = enumerate(self.parameters.values())
-        numbers = {column: p for column, p in columns if isinstance(p, Numeric) and p.num_values <= FEW_VALUES}
+        numbers = {c: p for c, p in columns if isinstance(p, Numeric | Ordinal) and p.num_values <= FEW_VALUES}
         return {column: all_codes(p) for column, p in numbers.items()}
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -107,12 +134,27 @@ class Space:
         return {name: parameter.distribution() for name, parameter in self.parameters.items()}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Space) and self.parameters == other.parameters
+        return isinstance(other, Space) and (self.parameters, self.conditions) == (other.parameters, other.conditions)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Space({', '.join(f'{name}: {parameter}' for name, parameter in self.parameters.items())})"
+        return f"Space({', '.join(f'{name}: {text}' for name, text in self.described().items())})"
+
+    def described(self) -> dict[str, str]:
+        """Each parameter in words."""
+        words = {name: str(parameter) for name, parameter in self.parameters.items()}
+        for name, condition in self.conditions.items():
+            values = " or ".join(repr(value) for value in condition.values)
+            words[name] += f" when {condition.parent} is {values}"
+        return words
+
+    def exists(self, name: str, configuration: Mapping[str, Any]) -> bool:
+        """Whether a parameter is in a configuration that has all parameters defined before it."""
+        condition = self.conditions.get(name)
+        if condition is None:
+            return True
+        return condition.parent in configuration and configuration[condition.parent] in condition.values
 
     # Configurations, codes, features -----------------------------------------------------------------------------------
 
@@ -126,22 +168,28 @@ class Space:
         return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(self.parameters))
 
     def _code(self, configuration: Mapping[str, Any]) -> list[float]:
-        if set(configuration) != set(self.parameters):
-            raise ValueError(f"a configuration of this space has {self.names}, found {list(configuration)}")
+        names = [name for name in self.parameters if self.exists(name, configuration)]
+        if set(configuration) != set(names):
+            given = " with these values" if self.conditions else ""
+            raise ValueError(f"a configuration of this space{given} has {names}, found {list(configuration)}")
         row = []
         for name, parameter in self.parameters.items():
             try:
-                row.append(parameter.code(configuration[name]))
+                row.append(parameter.code(configuration[name]) if name in configuration else _middle(parameter))
             except ValueError as error:
                 raise ValueError(f"{name} of the configuration is outside the space: {error}") from None
         return row
 
     def configurations(self, codes: Tensor) -> list[Configuration]:
         """Codes (n, d) -> the nearest configurations."""
-        parameters = self.parameters.items()
-        return [
-            {name: p.value(code) for (name, p), code in zip(parameters, row, strict=True)} for row in codes.tolist()
-        ]
+        return [self._configuration(row) for row in codes.tolist()]
+
+    def _configuration(self, row: list[float]) -> Configuration:
+        configuration: Configuration = {}
+        for (name, parameter), code in zip(self.parameters.items(), row, strict=True):
+            if self.exists(name, configuration):
+                configuration[name] = parameter.value(code)
+        return configuration
 
     def snap(self, codes: Tensor) -> Tensor:
         """The codes of the configurations nearest to any codes (*batch, d)."""
@@ -151,14 +199,31 @@ class Space:
     def encode(self, codes: Tensor) -> Tensor:
         """Codes (*batch, d) -> features (*batch, num_features); differentiable in the numbers."""
         columns = []
-        for column, parameter in enumerate(self.parameters.values()):
+        exist = self._exist(codes)
+        for column, (name, parameter) in enumerate(self.parameters.items()):
             code = codes[..., column]
+            if name in exist:
+                code = torch.where(exist[name], code, torch.full_like(code, _middle(parameter)))
             if isinstance(parameter, Categorical):
                 choices = torch.arange(len(parameter.choices), device=codes.device)
                 columns.append((code.round().unsqueeze(-1) == choices).to(codes))
             else:
                 columns.append(code.unsqueeze(-1))
         return torch.cat(columns, -1)
+
+    def _exist(self, codes: Tensor) -> dict[str, Tensor]:
+        """For each parameter with a condition, at which codes (*batch, d) it exists: (*batch,)."""
+        exist: dict[str, Tensor] = {}
+        for name, condition in self.conditions.items():
+            parent = self.parameters[condition.parent]
+            code = codes[..., self.names.index(condition.parent)]
+            nearest = torch.tensor(all_codes(parent)).to(code)
+            index = (code.unsqueeze(-1) - nearest).abs().argmin(-1)
+            wanted = torch.tensor([all_codes(parent).index(parent.code(value)) for value in condition.values])
+            exist[name] = torch.isin(index, wanted.to(index))
+            if condition.parent in exist:
+                exist[name] = exist[name] & exist[condition.parent]
+        return exist
 
     def decode(self, features: Tensor) -> Tensor:
         """Features (n, num_features) -> codes (n, d) of the nearest configurations, undoing :meth:`encode`."""
@@ -188,10 +253,20 @@ class Space:
         uniforms = engine.draw(num_points, dtype=torch.float64).tolist()
         parameters = self.parameters.values()
         rows = [[p.spread(uniform) for p, uniform in zip(parameters, row, strict=True)] for row in uniforms]
-        return torch.tensor(rows, dtype=torch.float64)
+        points = torch.tensor(rows, dtype=torch.float64)
+        return self.snap(points) if self.conditions else points
 
     def grid(self) -> Tensor:
         """The codes of all configurations, (size, d); for finite spaces only."""
-        return torch.cartesian_prod(
-            *(torch.tensor(all_codes(p), dtype=torch.float64) for p in self.parameters.values())
-        ).reshape(int(self.size), len(self.parameters))
+        columns = [torch.tensor(all_codes(p), dtype=torch.float64) for p in self.parameters.values()]
+        codes = torch.cartesian_prod(*columns).reshape(-1, len(columns))
+        exist = self._exist(codes)
+        for column, (name, parameter) in enumerate(self.parameters.items()):
+            if name in exist:
+                codes[~exist[name], column] = _middle(parameter)
+        return codes.unique(dim=0) if self.conditions else codes
+
+
+def _middle(parameter: Parameter) -> float:
+    """The code of a parameter that doesn't exist; of the value nearest to the middle, or of the first choice."""
+    return 0.0 if isinstance(parameter, Categorical) else parameter.code(parameter.value(0.5))

@@ -21,11 +21,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
-from bayesnn.bo.parameters import Categorical
+from bayesnn.bo.outcomes import Direction
+from bayesnn.bo.parameters import Categorical, Ordinal
 from bayesnn.bo.result import is_evaluation
 from bayesnn.bo.space import Configuration, Space
 from bayesnn.bo.storage import open_storage, release, requeue_orphans, sign
-from bayesnn.bo.suggest import Direction
 from bayesnn.data import BayesnnWarning
 
 Objective = Callable[[Configuration], Any]
@@ -67,6 +67,8 @@ def open_study(
             f"the stored study {name!r} is to {', '.join(found)}, not to {direction}: give another study_name"
         )
     wanted = _describe(space.distributions())
+    for parameter in space.conditions:
+        wanted[parameter] += f" {space.described()[parameter]}"
     if stored is not None and stored != wanted:
         changed = sorted(key for key in stored | wanted if stored.get(key) != wanted.get(key))
         raise ValueError(
@@ -143,7 +145,9 @@ def _num_begun(study: Study) -> int:
 def _ask(trial: optuna.Trial, space: Space) -> Configuration:
     configuration: Configuration = {}
     for name, parameter in space.parameters.items():
-        if isinstance(parameter, Categorical):
+        if not space.exists(name, configuration):
+            continue
+        if isinstance(parameter, Categorical | Ordinal):
             configuration[name] = trial.suggest_categorical(name, parameter.choices)
         elif parameter.integer:
             low, high = int(parameter.low), int(parameter.high)

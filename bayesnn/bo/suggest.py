@@ -1,45 +1,32 @@
-"""What to try next: the configurations that maximise a BoTorch acquisition function under any model's posterior."""
+"""What to try next: the configurations that maximise an acquisition function under any model's posterior."""
 
 from __future__ import annotations
 
-import random
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from botorch.acquisition import AcquisitionFunction
-from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
-from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
-from botorch.acquisition.objective import GenericMCObjective
-from botorch.exceptions.warnings import BadInitialCandidatesWarning
 from botorch.models.model import Model as BotorchModel
-from botorch.optim import optimize_acqf, optimize_acqf_discrete
-from botorch.optim.optimize_mixed import optimize_acqf_mixed_alternating
 from botorch.posteriors import Posterior
-from botorch.sampling.get_sampler import get_sampler
-from botorch.utils.multi_objective.hypervolume import infer_reference_point
-from botorch.utils.multi_objective.pareto import is_non_dominated
-from botorch.utils.sampling import manual_seed
-from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
-from torch.distributions import Normal
 
-from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement
+from bayesnn.bo.acquisition import (
+    ANEW,
+    Name,
+    Setting,
+    acquisition as build_acquisition,
+    check_acquisition,
+    draws_are_functions,
+)
+from bayesnn.bo.feasibility import IfItSucceeds, SuccessModel
+from bayesnn.bo.optimise import Effort, SpaceExhaustedError, local_randomness, maximise
+from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
 from bayesnn.bo.space import Configuration, Space
-from bayesnn.histogram import Histogram
-from bayesnn.posteriors import FunctionDraws
+from bayesnn.checks import count, nonnegative, positive
 
-Direction = Literal["minimize", "maximize"]
-
-# Spaces up to this size are searched completely.
-ENUMERABLE = 10_000
-
-
-class SpaceExhaustedError(ValueError):
-    """Every configuration of a finite space has been tried or is being tried."""
+__all__ = ["Proposal", "SpaceExhaustedError", "propose", "suggest"]
 
 
 class Proposal(NamedTuple):
@@ -61,41 +48,63 @@ def suggest(
     space: Space | Mapping[str, Any],
     q: int = 1,
     *,
+    acquisition: Name = "auto",
     pending: Iterable[Mapping[str, Any]] = (),
+    failed: Iterable[Mapping[str, Any]] = (),
     direction: Direction | Sequence[Direction] = "minimize",
+    constraints: Mapping[int, Limit] | None = None,
     reference_point: Sequence[float] | None = None,
+    beta: float = 4.0,
     num_restarts: int = 8,
     raw_samples: int = 256,
     num_samples: int = 256,
+    seconds: float | None = None,
     seed: int = 0,
 ) -> list[Configuration]:
     r"""The q configurations to try next.
 
-    One objective: they maximise the noisy expected improvement
-    :math:`\mathbb E[\max(0, \max_j f(x_j) - \max_i f(x_i^{obs}))]` (in logarithm, one configuration after the other) over
-    the best of the training inputs and pending configurations. Several: the same with the hypervolume that the Pareto
-    front dominates. The expectation is over joint draws of f, so it is right for every posterior of this library and for
-    any BoTorch model; for one configuration of a model whose marginals are known in closed form (PFNs, neural processes) it
-    is the expected improvement over the best mean, exactly. Changing the units of the objective changes nothing.
+    They maximise an acquisition function, one after the other, each given those before it. For one objective:
+
+    * "lognei": the logarithm of the noisy expected improvement :math:`\mathbb E[\max(0, \max_j f(x_j) - \max_i f(x_i^{obs}))]`
+      over the best of the training inputs and pending configurations, none of which need be known exactly;
+    * "logei": the same over the best predicted mean, as if that were known;
+    * "ucb": :math:`\mu + \sqrt\beta\, \sigma`, as an average over draws, so that it has the posterior's shape;
+    * "thompson": the best point of a draw of f;
+    * "mes": the information about f's maximum (GIBBON's bound), of the posterior's Gaussian view;
+    * "kg": the knowledge gradient over the tried configurations and some others, of the Gaussian view.
+
+    For several: "lognehvi", the hypervolume that the Pareto front gains, and "lognparego", "lognei" of the objectives'
+    augmented Chebyshev mixtures, with other weights for each suggestion. "auto" is "lognei" or "lognehvi"; for one
+    configuration of a model whose marginals are known in closed form (PFNs, neural processes) it is the expected improvement
+    over the best mean, exactly. Expectations are over joint draws of f, so they are right for every posterior of this library
+    and for any BoTorch model. Changing the units of the objective changes nothing.
 
     Args:
-        model: a model fitted to ``space.features(configurations)``, one row each, and the objective's values.
+        model: a model fitted to ``space.features(configurations)``, one row each, and the outcomes.
         space: the search space, or its definition.
         q: how many.
-        pending: configurations that are being evaluated, or that failed: what is close to them gains nothing.
+        acquisition: one of the names above.
+        pending: configurations that are being evaluated: what is close to them gains nothing.
+        failed: configurations that gave no value. They aren't suggested again, and where they and the training inputs tell
+            what fails (three of each at least), each acquisition value is weighed by the probability of success.
         direction: "minimize" or "maximize", one for all objectives or one for each.
+        constraints: outputs of the model that aren't objectives but must keep a limit, ``{1: ("<=", 0.5)}``, in their own
+            units. An improvement counts where all limits are kept.
         reference_point: for several objectives, the values that a configuration must beat to count, in their own units;
             by default a tenth of the Pareto front's range worse than its worst values.
+        beta: of "ucb"; 4 is two standard deviations.
         num_restarts: starting points of the acquisition function's optimisation.
         raw_samples: points among which these are chosen.
         num_samples: draws of f; where the posterior consists of fewer, it uses each of them once.
+        seconds: after which no search of numbers goes on; None: no limit. What is suggested then depends on the machine.
         seed: of every random draw; the same seed gives the same suggestion.
 
     Returns:
         The configurations, none of which has been tried before or is pending.
 
     Raises:
-        TypeError, ValueError: for arguments that don't fit together.
+        TypeError, ValueError: for arguments that don't fit together, among them an acquisition function that isn't right for
+            the outcomes or for a model whose draws depend on the points asked for.
         SpaceExhaustedError: if a finite space has fewer than q configurations left.
 
     Example:
@@ -104,7 +113,8 @@ def suggest(
         >>> suggest(model, space, q=2)
 
     Source: Ament et al. (2023), "Unexpected improvements to expected improvement"; Daulton et al. (2021), "Parallel
-    Bayesian optimization of multiple noisy objectives".
+    Bayesian optimization of multiple noisy objectives"; Moss et al. (2021), "GIBBON"; Frazier et al. (2009), "The
+    knowledge-gradient policy for correlated normal beliefs"; Knowles (2006), "ParEGO".
     """
     if not isinstance(model, BotorchModel):
         raise TypeError(f"model must be a fitted BoTorch model, found {type(model).__name__}")
@@ -113,12 +123,16 @@ def suggest(
         model,
         space,
         q,
+        acquisition=acquisition,
         pending=space.codes(pending),
-        directions=[direction] * model.num_outputs if isinstance(direction, str) else list(direction),
+        failed=space.codes(failed),
+        outcomes=outcomes_of(model.num_outputs, direction, constraints),
         reference_point=reference_point,
+        beta=beta,
         num_restarts=num_restarts,
         raw_samples=raw_samples,
         num_samples=num_samples,
+        seconds=seconds,
         seed=seed,
     )
     return space.configurations(proposal.codes)
@@ -129,43 +143,51 @@ def propose(
     space: Space,
     q: int,
     *,
+    outcomes: Outcomes,
     pending: Tensor,
-    directions: Sequence[str],
+    failed: Tensor | None = None,
+    acquisition: str = "auto",
     reference_point: Sequence[float] | None = None,
+    beta: float = 4.0,
     num_restarts: int = 8,
     raw_samples: int = 256,
     num_samples: int = 256,
+    seconds: float | None = None,
     seed: int = 0,
 ) -> Proposal:
     """:func:`suggest` on codes, with the acquisition values."""
     counts = {"q": q, "num_restarts": num_restarts, "raw_samples": raw_samples, "num_samples": num_samples}
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1, found {count!r}")
-    if len(directions) != model.num_outputs or any(d not in ("minimize", "maximize") for d in directions):
-        raise ValueError(
-            f'direction must be "minimize" or "maximize" for each of the {model.num_outputs} output(s), found {directions}'
-        )
-    if reference_point is not None and len(reference_point) != len(directions):
-        raise ValueError(f"reference_point must have {len(directions)} values, found {len(reference_point)}")
+    for name, number in counts.items():
+        count(name, number)
+    nonnegative("beta", beta)
+    deadline = None if seconds is None else time.monotonic() + positive("seconds", seconds)
+    check_acquisition(acquisition, outcomes, model)
+    if reference_point is not None and len(reference_point) != len(outcomes.objectives):
+        raise ValueError(f"reference_point must have {len(outcomes.objectives)} values, found {len(reference_point)}")
     on_codes = _OnCodes(model, space)
     tried = space.decode(_training_features(model))
-    with _local_randomness(seed):
-        acquisition = (
-            _closed_form(on_codes, tried, directions[0]) if q == len(directions) == 1 and not len(pending) else None
-        )
-        if acquisition is None:
-            acquisition = _acquisition(on_codes, tried, directions, reference_point, num_samples, seed)
+    failed = pending[:0] if failed is None else failed
+    reference = None if reference_point is None else tuple(float(value) for value in reference_point)
+    with local_randomness(seed):
+        success = SuccessModel.of(space, tried, failed)
         codes, values = pending.new_empty(0, pending.shape[-1]), []
+        function: AcquisitionFunction | None = None
         for index in range(q):
             taken = torch.cat([pending, codes])
+            if function is None or acquisition in ANEW:
+                setting = Setting(
+                    on_codes, space, tried, outcomes, reference, num_samples, beta, seed + index * len(ANEW)
+                )
+                acquisition, function = build_acquisition(acquisition, setting, q, len(pending))
             if len(taken):
-                acquisition.set_X_pending(taken)
-            avoid = torch.cat([tried, taken])
-            best, value = _maximise(acquisition, space, avoid, num_restarts, raw_samples, seed + index)
+                function.set_X_pending(taken)
+            weighed = function if success is None else IfItSucceeds(function, success, acquisition)
+            left = None if deadline is None else max(0.1, (deadline - time.monotonic()) / (q - index))
+            effort = Effort(num_restarts, raw_samples, left)
+            best, value = maximise(weighed, space, torch.cat([tried, failed, taken]), effort, seed + index)
             codes = torch.cat([codes, best])
             values.append(value)
-    return Proposal(codes, values, type(acquisition).__name__)
+    return Proposal(codes, values, acquisition)
 
 
 class _OnCodes(BotorchModel):
@@ -186,6 +208,10 @@ class _OnCodes(BotorchModel):
     def batch_shape(self) -> torch.Size:
         return self.model.batch_shape
 
+    @property
+    def draws_are_functions(self) -> bool:
+        return draws_are_functions(self.model)
+
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Posterior:
         return self.model.posterior(self.space.encode(X).to(self.feature_dtype), *args, **kwargs)
 
@@ -200,120 +226,3 @@ def _training_features(model: Any) -> Tensor:
     while inputs.dim() > 2:  # one copy for each output
         inputs = inputs[0]
     return inputs
-
-
-def _closed_form(model: _OnCodes, tried: Tensor, direction: str) -> AcquisitionFunction | None:
-    """The log expected improvement over the best mean at the tried codes, for posteriors that know it exactly.
-
-    A PFN's joint posterior over all tried codes costs a hundred times more than these values.
-    """
-    with torch.no_grad():
-        posterior: Any = model.posterior(tried.unsqueeze(-2))  # each by itself
-    if not isinstance(getattr(posterior, "marginals", None), (Histogram, Normal)):
-        return None
-    maximize = direction == "maximize"
-    best = float((posterior.mean if maximize else -posterior.mean).max())
-    return ClosedForm(model, log_expected_improvement(best), maximize)
-
-
-def _acquisition(
-    model: _OnCodes,
-    tried: Tensor,
-    directions: Sequence[str],
-    reference_point: Sequence[float] | None,
-    num_samples: int,
-    seed: int,
-) -> AcquisitionFunction:
-    """The log noisy expected (hypervolume) improvement over the tried codes."""
-    with torch.no_grad():
-        posterior: Any = model.posterior(tried)
-        mean = posterior.mean.double()
-        mean = mean.reshape(-1, *mean.shape[-2:]).mean(0)  # over the ensemble of a fully Bayesian model
-    signs = torch.tensor([1.0 if d == "maximize" else -1.0 for d in directions], dtype=torch.float64)
-    # BoTorch smooths improvements on an absolute scale, so that they must come in units of about one.
-    loc, scale = mean.mean(0), mean.std(0, correction=0)
-    scale = torch.where(scale > 1e-12 * mean.abs().amax(0), scale, torch.ones_like(scale))
-
-    def standardise(values: Tensor) -> Tensor:
-        return signs * (values.double() - loc) / scale
-
-    sampler = get_sampler(posterior, torch.Size([_num_samples(posterior, num_samples)]), seed=seed)
-    common: dict[str, Any] = {"model": model, "X_baseline": tried, "sampler": sampler, "prune_baseline": True}
-    if len(directions) == 1:
-        objective = GenericMCObjective(lambda Y, X: standardise(Y)[..., 0])
-        return qLogNoisyExpectedImprovement(objective=objective, **common)
-    if reference_point is None:
-        front = standardise(mean)
-        reference = infer_reference_point(front[is_non_dominated(front)])
-    else:
-        reference = standardise(torch.tensor(list(reference_point), dtype=torch.float64))
-    several = GenericMCMultiOutputObjective(lambda Y, X: standardise(Y))
-    return qLogNoisyExpectedHypervolumeImprovement(objective=several, ref_point=reference, **common)
-
-
-def _num_samples(posterior: Posterior, wanted: int) -> int:
-    """Function draws give no more than there are; beside them, the other models of a list must follow."""
-    parts = getattr(posterior, "posteriors", [posterior])
-    draws = [part.num_draws for part in parts if isinstance(part, FunctionDraws) and part.log_weights is None]
-    return min([wanted, *draws])
-
-
-def _maximise(
-    acquisition: AcquisitionFunction, space: Space, avoid: Tensor, num_restarts: int, raw_samples: int, seed: int
-) -> tuple[Tensor, float]:
-    """The best code, (1, d), and its acquisition value."""
-    if space.size <= ENUMERABLE:
-        return _best(acquisition, _new(space.grid(), avoid, space))
-    code: Tensor
-    value: Any
-    options: dict[str, Any] = {"bounds": space.bounds, "q": 1, "num_restarts": num_restarts, "raw_samples": raw_samples}
-    options["post_processing_func"] = space.snap
-    steps, categories = space.step_codes, space.category_codes
-    if steps or categories:
-        # Between the codes of a category there is nothing, so a search can't start from there.
-        strategy = {"initialization_strategy": "random" if categories else "continuous_relaxation"}
-        code, value = optimize_acqf_mixed_alternating(
-            acquisition, discrete_dims=steps, cat_dims=categories, options=strategy, **options
-        )
-    else:
-        code, value = optimize_acqf(acquisition, options={"seed": seed}, retry_on_optimization_warning=False, **options)
-    code = space.snap(code)
-    if _seen(code, avoid).any():  # where nothing promises an improvement, the search may end at a known point
-        return _best(acquisition, _new(space.sobol(max(raw_samples, 2 * len(avoid)), seed), avoid, space))
-    return code, float(value)
-
-
-def _best(acquisition: AcquisitionFunction, choices: Tensor) -> tuple[Tensor, float]:
-    code, value = optimize_acqf_discrete(acquisition, q=1, choices=choices)
-    return code, float(value)
-
-
-def _seen(codes: Tensor, avoid: Tensor) -> Tensor:
-    """Which rows are among those to avoid."""
-    return (codes.unsqueeze(1) - avoid.unsqueeze(0)).abs().amax(-1).lt(1e-9).any(-1)
-
-
-def _new(codes: Tensor, avoid: Tensor, space: Space) -> Tensor:
-    rest = torch.cat([block[~_seen(block, avoid)] for block in codes.split(1024)]) if len(avoid) else codes
-    if not len(rest):
-        raise SpaceExhaustedError(f"all of the space's {int(space.size)} configurations have been tried or are pending")
-    return rest
-
-
-@contextmanager
-def _local_randomness(seed: int) -> Iterator[None]:
-    """BoTorch's optimisers draw from global generators; seed these for a while and put them back."""
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        with manual_seed(seed), warnings.catch_warnings():
-            # A point next to a known one makes the joint covariance singular up to rounding: that is what jitter is for.
-            warnings.simplefilter("ignore", NumericalWarning)
-            # Where nothing promises an improvement, any starting point is as good as another.
-            warnings.simplefilter("ignore", BadInitialCandidatesWarning)
-            # A line search that can't improve any more ends "abnormally"; the best point found is what counts.
-            warnings.filterwarnings("ignore", message="Optimization failed in `gen_candidates_scipy`")
-            warnings.filterwarnings("ignore", message="Optimization failed on the second try")
-            yield
-    finally:
-        random.setstate(state)

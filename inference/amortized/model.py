@@ -241,6 +241,11 @@ class AmortizedModel(Model):
         function_var = torch.minimum(f.variance, MAX_SHARE * y.variance).unsqueeze(-3)
         return Predictive(_with_draw_dimension(y), function_var=function_var)
 
+    @property
+    def draws_are_functions(self) -> bool:
+        """Whether a draw's value at a point is the same whatever other points are asked for."""
+        return self.joint == "copula"
+
     def draw_functions(self, num_draws: int, seed: int = 0) -> FunctionDraw:
         """As ``Model.draw_functions``, of the copula.
 

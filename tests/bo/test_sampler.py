@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from torch import Tensor
 
 from bayesnn import BNN, BayesnnWarning
-from bayesnn.bo import Space, SurrogateSampler
+from bayesnn.bo import Space, SurrogateSampler, When
 from bayesnn.bo.sampler import observe
 from bayesnn.inference import DeepEnsemble
 
@@ -50,7 +50,7 @@ def test_startup_then_surrogate_with_a_record_of_both() -> None:
     assert [record["sampler"] for record in records[1:]] == ["sobol"] * 3 + ["surrogate"] * 3
     assert [record["num_observed"] for record in records[1:]] == [1, 2, 3, 4, 5, 6]
     last = records[-1]
-    assert last["surrogate"] == "BNN" and last["acquisition"] == "qLogNoisyExpectedImprovement"
+    assert last["surrogate"] == "BNN" and last["acquisition"] == "lognei"
     assert 0 < last["fit_seconds"] < last["suggest_seconds"] and np.isfinite(last["acquisition_value"])
     assert "fallback" not in last
 
@@ -147,7 +147,7 @@ def test_failed_pruned_and_infinite_trials_are_not_fitted_and_not_repeated() -> 
     assert sorted(trial.params["n"] for trial in study.trials) == [1, 2, 3, 4, 5, 6]
     observations = observe(study, space)
     assert sorted(observations.values.flatten().tolist()) == [1.0, 6.0]
-    assert len(observations.failed) == 4 and len(observations.pending) == 0
+    assert len(observations.failed) == 3 and len(observations.pending) == 1  # the pruned one
     assert "num_failed" in study.trials[-1].user_attrs
 
 
@@ -220,7 +220,7 @@ def test_two_objectives() -> None:
 
     study.optimize(both, n_trials=6)
     records = [trial.user_attrs for trial in study.trials[4:]]
-    assert [record["acquisition"] for record in records] == ["qLogNoisyExpectedHypervolumeImprovement"] * 2
+    assert [record["acquisition"] for record in records] == ["lognehvi"] * 2
     assert observe(study, Space(DEFINITION)).values.shape == (6, 2)
 
 
@@ -261,3 +261,51 @@ def test_the_given_model_stays_unfitted() -> None:
         sampler.fit(study, Space(DEFINITION)).train_targets.flatten(),
         torch.tensor([trial.value for trial in study.trials], dtype=torch.float64),
     )
+
+
+def test_constraints_of_trials_are_kept() -> None:
+    """The objective falls towards where the limit is broken; trials of something else don't count as failures."""
+    sampler = SurrogateSampler("nngp", num_startup=5, seed=0, space={"x": (0.0, 1.0)}, num_restarts=2, raw_samples=32)
+    study = study_of(sampler)
+
+    def limited(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0.0, 1.0)
+        trial.set_constraint("budget", x - 0.5)
+        return -x
+
+    study.optimize(limited, n_trials=10)
+    observations = observe(study, Space({"x": (0.0, 1.0)}))
+    assert observations.constraints == ("budget",) and observations.values.shape == (10, 2)
+    kept = [trial.params["x"] for trial in study.trials[5:]]
+    assert all(x < 0.6 for x in kept) and max(kept) > 0.4
+
+
+def test_conditions_in_a_study() -> None:
+    space = Space({"kind": ["a", "b"], "x": When((0.0, 1.0), kind="a"), "n": When((1, 9), kind="b")})
+    study = study_of(SurrogateSampler("nngp", num_startup=6, seed=0, space=space, num_restarts=2, raw_samples=32))
+
+    def branching(trial: optuna.Trial) -> float:
+        if trial.suggest_categorical("kind", ["a", "b"]) == "a":
+            return (trial.suggest_float("x", 0.0, 1.0) - 0.3) ** 2
+        return 1.0 + trial.suggest_int("n", 1, 9)
+
+    study.optimize(branching, n_trials=12)
+    assert all("independent" not in trial.user_attrs and "fallback" not in trial.user_attrs for trial in study.trials)
+    assert len(observe(study, space).codes) == 12
+    assert sum(trial.params["kind"] == "a" for trial in study.trials[6:]) >= 4 and study.best_value < 0.05
+
+
+def test_what_was_cut_off_is_no_failure() -> None:
+    study = study_of(SurrogateSampler("nngp", seed=0, space=DEFINITION))
+    space = Space(DEFINITION)
+    for number, configuration in enumerate(space.configurations(space.sobol(2, seed=0))):
+        study.add_trial(
+            optuna.create_trial(
+                state=[TrialState.FAIL, TrialState.RUNNING][number],
+                params=configuration,
+                distributions=space.distributions(),
+                system_attrs={"retry_history": [0]} if number else {},
+            )
+        )
+    observations = observe(study, space)
+    assert len(observations.failed) == 0 and len(observations.pending) == 1

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from bayesnn.bo import Space
+from bayesnn.bo import Ordinal, Space, When
 
 MIXED = {
     "x": (-1.0, 3.0),
@@ -141,7 +141,7 @@ def test_steps_of_a_study() -> None:
         ({"x": (math.nan, 1.0)}, ValueError, "finite"),
         ({"x": (0.0, math.inf)}, ValueError, "finite"),
         ({"x": (-1e308, 1e308)}, ValueError, "too far apart"),
-        ({"x": (0.0, 1.0, "lin")}, TypeError, 'x must be \\(low, high\\), \\(low, high, "log"\\) or a list'),
+        ({"x": (0.0, 1.0, "lin")}, TypeError, 'x must be \\(low, high\\), \\(low, high, "log"\\), a list'),
         ({"x": 3.0}, TypeError, "x must be"),
         ({"x": ("a", "b")}, TypeError, "list of choices"),
         ({"x": (False, True)}, TypeError, "x must be"),
@@ -200,3 +200,90 @@ def test_unknown_distributions() -> None:
 def test_wrong_number_of_features() -> None:
     with pytest.raises(ValueError, match="features of this space have 7 columns, found 3"):
         Space(MIXED).decode(torch.zeros(2, 3))
+
+
+NESTED = {
+    "optimizer": ["adam", "sgd", "none"],
+    "momentum": When((0.0, 0.9), optimizer=["sgd"]),
+    "rate": When((1e-4, 1e-1, "log"), optimizer=["adam", "sgd"]),
+    "schedule": When(["flat", "steps"], optimizer=["adam", "sgd"]),
+    "steps": When((1, 4), schedule="steps"),
+    "size": Ordinal(["small", "medium", "large"]),
+}
+
+
+def test_conditions() -> None:
+    space = Space(NESTED)
+    for configuration in space.configurations(space.sobol(64, seed=0)):
+        names = {"optimizer", "size"}
+        names |= {"rate", "schedule"} if configuration["optimizer"] != "none" else set()
+        names |= {"momentum"} if configuration["optimizer"] == "sgd" else set()
+        names |= {"steps"} if configuration.get("schedule") == "steps" else set()
+        assert set(configuration) == names
+        assert space.configurations(space.codes([configuration])) == [pytest.approx(configuration)]
+        assert space.configurations(space.decode(space.features([configuration]))) == [pytest.approx(configuration)]
+    # What doesn't exist makes no difference: to the features, nor to the code that a code snaps to.
+    codes = space.sobol(200, seed=1)
+    without = codes[:, 0] == 2
+    other = codes.clone()
+    other[without, 1:5] = space.sobol(200, seed=2)[without, 1:5]
+    assert without.any() and torch.equal(space.encode(codes), space.encode(other))
+    assert torch.equal(space.snap(codes), space.snap(other))
+    assert "steps: a whole number from 1 to 4 when schedule is 'steps'" in repr(space)
+
+
+def test_a_finite_space_with_conditions_counts_what_differs() -> None:
+    space = Space({"kind": ["a", "b"], "n": When((1, 3), kind="a"), "m": When((1, 2), n=[2, 3])})
+    # a: n = 1, or n = 2 or 3 with two m each; b.
+    assert space.size == 6 and len(space.grid()) == 6
+    configurations = space.configurations(space.grid())
+    assert len({str(sorted(each.items())) for each in configurations}) == 6
+    assert Space({"kind": ["a", "b"], "n": When((1, 3), kind="b")}) != Space(
+        {"kind": ["a", "b"], "n": When((1, 3), kind="a")}
+    )
+
+
+def test_ordinals_are_numbers_with_few_values() -> None:
+    space = Space({"size": Ordinal(["s", "m", "l"])})
+    assert space.codes([{"size": value} for value in "sml"]).flatten().tolist() == [0.0, 0.5, 1.0]
+    assert space.step_codes == {0: [0.0, 0.5, 1.0]} and not space.category_codes and space.num_features == 1
+    assert space.configurations(torch.tensor([[0.2], [0.3], [0.9]])) == [{"size": "s"}, {"size": "m"}, {"size": "l"}]
+    assert space.distributions() == {"size": CategoricalDistribution(("s", "m", "l"))}
+    shares = torch.tensor([code for (code,) in space.sobol(300, seed=0).tolist()])
+    assert all(abs(float((shares == code).float().mean()) - 1 / 3) < 0.02 for code in (0.0, 0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: Ordinal("abc"), TypeError, "choices of an Ordinal must be a list, found 'abc'"),
+        (lambda: Ordinal(["a"]), ValueError, "an Ordinal needs at least two choices"),
+        (lambda: When((0, 1)), ValueError, "When needs the values of one other parameter, found 0"),
+        (lambda: When((0, 1), a=1, b=2), ValueError, "found 2"),
+        (lambda: When((0, 1), a=[]), ValueError, "When needs at least one value of a"),
+        (
+            lambda: Space({"n": When((0, 1), k="a"), "k": ["a", "b"]}),
+            ValueError,
+            "n depends on 'k', which must be a parameter",
+        ),
+        (
+            lambda: Space({"k": ["a", "b"], "n": When((0, 1), k="c")}),
+            ValueError,
+            "in a way that can't be: 'c' isn't one of",
+        ),
+        (
+            lambda: Space({"x": (0.0, 1.0), "n": When((0, 1), x=0.5)}),
+            ValueError,
+            "n must depend on a parameter with separate",
+        ),
+        (lambda: Space({"k": ["a", "b"], "n": When((1, 0), k="a")}), ValueError, "n must have low < high"),
+        (
+            lambda: Space(NESTED).codes([{"optimizer": "none", "size": "small", "rate": 0.01}]),
+            ValueError,
+            "of this space with these values has .'optimizer', 'size'., found",
+        ),
+    ],
+)
+def test_conditions_and_orders_that_make_no_sense(make, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

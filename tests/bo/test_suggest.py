@@ -16,7 +16,9 @@ from torch.distributions import Normal
 
 from bayesnn import BNN, NotFittedError
 from bayesnn.bo import Space, SpaceExhaustedError, suggest
-from bayesnn.bo.suggest import _acquisition, _OnCodes, propose
+from bayesnn.bo.acquisition import Setting, acquisition as build
+from bayesnn.bo.outcomes import outcomes_of
+from bayesnn.bo.suggest import _OnCodes, propose
 from bayesnn.inference import DeepEnsemble
 
 pytestmark = [
@@ -97,7 +99,8 @@ def test_known_and_pending_points_gain_nothing(kind: str) -> None:
         X = LINE.sobol(6, seed=0)
         model = gp(LINE, X, bump(X))
     tried, pending = LINE.sobol(6, seed=0), torch.tensor([[0.123], [0.456]], dtype=torch.float64)
-    acquisition = _acquisition(_OnCodes(model, LINE), tried, ["maximize"], None, 64, 0)
+    setting = Setting(_OnCodes(model, LINE), LINE, tried, outcomes_of(1, "maximize"), None, 64, 4.0, 0)
+    _, acquisition = build("lognei", setting, 1, 0)
     acquisition.set_X_pending(pending)
     known = acquisition(torch.cat([tried, pending]).unsqueeze(-2)).exp()
     elsewhere = acquisition(torch.linspace(0, 1, 200, dtype=torch.float64)[:, None, None]).exp()
@@ -111,7 +114,7 @@ def test_a_batch_is_one_suggestion_after_the_other() -> None:
     first = suggest(model, STEPS, direction="maximize")
     second = suggest(model, STEPS, direction="maximize", pending=first)
     assert suggest(model, STEPS, 2, direction="maximize") == first + second != first + first
-    batch = propose(model, STEPS, 2, pending=STEPS.codes([]), directions=["maximize"])
+    batch = propose(model, STEPS, 2, pending=STEPS.codes([]), outcomes=outcomes_of(1, "maximize"))
     # What the second improves on top of the first, member by member, in units of the predicted means' spread.
     with torch.no_grad():
         at_known = model.posterior(model.train_inputs[0])
@@ -149,7 +152,7 @@ def test_many_choices_follow_the_seed() -> None:
 def test_float32_models_are_searched_in_float64() -> None:
     single, double = ensemble(LINE, 6, torch.float32), ensemble(LINE, 6, torch.float64)
     assert single.train_inputs[0].dtype == torch.float32
-    codes = propose(single, LINE, 1, pending=LINE.codes([]), directions=["maximize"]).codes
+    codes = propose(single, LINE, 1, pending=LINE.codes([]), outcomes=outcomes_of(1, "maximize")).codes
     assert codes.dtype == torch.float64
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64).unsqueeze(-1)
     best = exact_improvement(single, LINE, grid).max()
@@ -210,8 +213,14 @@ def test_models_whose_posterior_has_a_dimension_of_members() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"q": 0}, "q must be a whole number, at least 1, found 0"),
-        ({"num_samples": 1.5}, "num_samples must be a whole number"),
+        ({"q": 0}, "q must be at least 1"),
+        ({"num_samples": 1.5}, "num_samples must be an integer, found 1.5"),
+        ({"beta": -1.0}, "beta must be"),
+        ({"seconds": 0.0}, "seconds must be"),
+        ({"acquisition": "ei"}, "acquisition must be one of auto, logei"),
+        ({"constraints": {0: ("<=", 1.0)}}, "constraints must leave an objective"),
+        ({"constraints": {3: ("<=", 1.0)}}, "constraints must name outputs 0 … 0, found 3"),
+        ({"constraints": {0: 1.0}}, 'must be ."<=", bound. or .">=", bound., found 1.0'),
         ({"direction": "up"}, 'direction must be "minimize" or "maximize"'),
         ({"direction": ["minimize", "maximize"]}, "for each of the 1 output"),
         ({"reference_point": [0.0, 1.0]}, "reference_point must have 1 values, found 2"),
@@ -221,7 +230,7 @@ def test_models_whose_posterior_has_a_dimension_of_members() -> None:
     ],
 )
 def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         suggest(**({"model": ensemble(STEPS, 3), "space": STEPS} | arguments))
 
 

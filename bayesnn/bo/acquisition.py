@@ -1,0 +1,267 @@
+"""Acquisition functions by name, for any model of codes: what each is right for, and how it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from botorch.acquisition import AcquisitionFunction, qUpperConfidenceBound
+from botorch.acquisition.logei import qLogExpectedImprovement, qLogNoisyExpectedImprovement
+from botorch.acquisition.max_value_entropy_search import qLowerBoundMaxValueEntropy
+from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
+from botorch.acquisition.multi_objective.parego import qLogNParEGO
+from botorch.acquisition.objective import GenericMCObjective
+from botorch.models.model import Model as BotorchModel
+from botorch.posteriors import Posterior
+from botorch.sampling.base import MCSampler
+from botorch.sampling.get_sampler import get_sampler
+from botorch.utils.multi_objective.hypervolume import infer_reference_point
+from botorch.utils.multi_objective.pareto import is_non_dominated
+from torch import Tensor
+from torch.distributions import Normal
+
+from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement
+from bayesnn.bo.gaussian_model import GaussianModel
+from bayesnn.bo.knowledge_gradient import KnowledgeGradient
+from bayesnn.bo.outcomes import Outcomes, Scales
+from bayesnn.bo.space import Space
+from bayesnn.bo.thompson import ThompsonAtPlaces, ThompsonDraw
+from bayesnn.histogram import Histogram
+from bayesnn.posteriors import FunctionDraws
+
+Name = Literal["auto", "logei", "lognei", "ucb", "thompson", "mes", "kg", "lognehvi", "lognparego"]
+NAMES: tuple[str, ...] = get_args(Name)
+
+FOR_SEVERAL = ("lognehvi", "lognparego")
+WITH_LIMITS = ("lognei", "lognehvi", "lognparego")
+OF_ANY_DRAWS = ("logei", "lognei", "ucb", "lognparego")
+"""Right for posteriors whose draws depend on all the points asked for: they compare values of one call only."""
+ANEW = ("thompson", "lognparego")
+"""Drawn anew for each suggestion of a batch."""
+PLACES = 256  # at which maxima are looked for where a function isn't known as a whole
+
+
+class Setting(NamedTuple):
+    """What acquisition functions are built from.
+
+    Fields:
+        model: of codes.
+        space: that is searched.
+        tried: codes (n, d).
+        outcomes: what the outputs mean.
+        reference_point: of several objectives, in their own units.
+        num_samples: draws of f.
+        beta: of the upper confidence bound.
+        seed: of all draws.
+    """
+
+    model: BotorchModel
+    space: Space
+    tried: Tensor
+    outcomes: Outcomes
+    reference_point: tuple[float, ...] | None
+    num_samples: int
+    beta: float
+    seed: int
+
+
+def check_acquisition(name: str, outcomes: Outcomes, model: BotorchModel) -> None:
+    """Whether an acquisition function is right for these outcomes and this model.
+
+    Raises:
+        ValueError: if there is none of that name, or it isn't.
+    """
+    if name not in NAMES:
+        raise ValueError(f"acquisition must be one of {', '.join(NAMES)}, found {name!r}")
+    if name == "auto":
+        return
+    several = len(outcomes.objectives) > 1
+    if several != (name in FOR_SEVERAL):
+        fitting = FOR_SEVERAL if several else [each for each in NAMES[1:] if each not in FOR_SEVERAL]
+        number = len(outcomes.objectives)
+        raise ValueError(f"acquisition must be one of {', '.join(fitting)} for {number} objective(s), found {name!r}")
+    if outcomes.limits and name not in WITH_LIMITS:
+        raise ValueError(f"acquisition must be one of {', '.join(WITH_LIMITS)} under constraints, found {name!r}")
+    if not draws_are_functions(model) and name not in OF_ANY_DRAWS:
+        raise ValueError(
+            f"acquisition must be one of {', '.join(OF_ANY_DRAWS)} for a model whose draws depend on the points asked for, "
+            f"found {name!r}"
+        )
+
+
+def draws_are_functions(model: BotorchModel) -> bool:
+    """Whether a draw's value at a point is the same whatever other points are asked for."""
+    return bool(getattr(model, "draws_are_functions", True))
+
+
+def acquisition(name: str, setting: Setting, q: int, num_pending: int) -> tuple[str, AcquisitionFunction]:
+    """The acquisition function of a name, and the name that "auto" stands for.
+
+    Args:
+        name: checked by :func:`check_acquisition`.
+        setting: what it is built from.
+        q: suggestions that are wanted.
+        num_pending: configurations being evaluated.
+    """
+    if name == "auto":
+        if len(setting.outcomes.objectives) > 1:
+            name = "lognehvi" if draws_are_functions(setting.model) else "lognparego"
+        else:
+            exact = None if q > 1 or num_pending or setting.outcomes.limits else _closed_form(setting)
+            if exact is not None:
+                return "closed-form logei", exact
+            name = "lognei"
+    return name, BUILDERS[name](setting)
+
+
+def _closed_form(setting: Setting) -> AcquisitionFunction | None:
+    """The log expected improvement over the best mean at the tried codes, for posteriors that know it exactly.
+
+    A PFN's joint posterior over all tried codes costs a hundred times more than these values.
+    """
+    if setting.model.num_outputs > 1:
+        return None
+    with torch.no_grad():
+        posterior: Any = setting.model.posterior(setting.tried.unsqueeze(-2))  # each by itself
+    if not isinstance(getattr(posterior, "marginals", None), (Histogram, Normal)):
+        return None
+    best = float(setting.outcomes.merits(posterior.mean).max())
+    return ClosedForm(setting.model, log_expected_improvement(best), setting.outcomes.directions[0] == "maximize")
+
+
+class _AtTried(NamedTuple):
+    """The posterior at the tried codes.
+
+    Fields:
+        means: (n, m).
+        scales: units by these.
+        sampler: of draws of f.
+    """
+
+    means: Tensor
+    scales: Scales
+    sampler: MCSampler
+
+
+def _at_tried(setting: Setting) -> _AtTried:
+    with torch.no_grad():
+        posterior: Any = setting.model.posterior(setting.tried)
+        means = posterior.mean.double()
+    means = means.reshape(-1, *means.shape[-2:]).mean(0)  # over the ensemble of a fully Bayesian model
+    sampler = get_sampler(posterior, torch.Size([_num_samples(posterior, setting.num_samples)]), seed=setting.seed)
+    return _AtTried(means, Scales.of(setting.outcomes, means), sampler)
+
+
+def _num_samples(posterior: Posterior, wanted: int) -> int:
+    """Function draws give no more than there are; beside them, the other models of a list must follow."""
+    parts = getattr(posterior, "posteriors", [posterior])
+    draws = [part.num_draws for part in parts if isinstance(part, FunctionDraws) and part.log_weights is None]
+    return min([wanted, *draws])
+
+
+def _one_objective(setting: Setting, at: _AtTried) -> GenericMCObjective:
+    standardise = at.scales.standardise(setting.outcomes)
+    return GenericMCObjective(lambda Y, X: standardise(Y)[..., 0])
+
+
+def _log_ei(setting: Setting) -> AcquisitionFunction:
+    at = _at_tried(setting)
+    best = at.scales.standardise(setting.outcomes)(at.means).max()
+    return qLogExpectedImprovement(setting.model, best, at.sampler, _one_objective(setting, at))
+
+
+def _log_nei(setting: Setting) -> AcquisitionFunction:
+    at = _at_tried(setting)
+    return qLogNoisyExpectedImprovement(
+        setting.model,
+        setting.tried,
+        at.sampler,
+        _one_objective(setting, at),
+        constraints=at.scales.constraints(setting.outcomes),
+        prune_baseline=True,
+    )
+
+
+def _ucb(setting: Setting) -> AcquisitionFunction:
+    at = _at_tried(setting)
+    return qUpperConfidenceBound(setting.model, setting.beta, at.sampler, _one_objective(setting, at))
+
+
+def _thompson(setting: Setting) -> AcquisitionFunction:
+    at = _at_tried(setting)
+    merit = at.scales.standardise(setting.outcomes)
+    with torch.no_grad():
+        if isinstance(setting.model.posterior(setting.tried[:1]), FunctionDraws):
+            return ThompsonDraw(setting.model, merit, setting.seed)
+    best = setting.tried[merit(at.means)[:, 0].argmax()]
+    places = torch.cat([_spread_out(setting, PLACES), _near(setting, best, PLACES)])
+    return ThompsonAtPlaces(setting.model, merit, places.unique(dim=0), setting.seed)
+
+
+def _mes(setting: Setting) -> AcquisitionFunction:
+    places = torch.cat([setting.tried, _spread_out(setting, PLACES)])
+    return qLowerBoundMaxValueEntropy(_gaussian(setting), places, num_mv_samples=32)
+
+
+def _kg(setting: Setting) -> AcquisitionFunction:
+    # The mean can end up best at known points and at some that nobody has tried; few, since all are predicted together.
+    places = torch.cat([setting.tried, _spread_out(setting, PLACES // 4)])
+    return KnowledgeGradient(_gaussian(setting), places)
+
+
+def _gaussian(setting: Setting) -> GaussianModel:
+    return GaussianModel(setting.model, setting.outcomes.signs[0], _at_tried(setting).scales)
+
+
+def _spread_out(setting: Setting, num_places: int) -> Tensor:
+    if setting.space.size <= num_places:
+        return setting.space.grid()
+    return setting.space.sobol(num_places, setting.seed)
+
+
+def _near(setting: Setting, code: Tensor, num_places: int) -> Tensor:
+    """Codes whose numbers are within a tenth of the code's; each category is another one in a tenth of them."""
+    spread = setting.space.sobol(num_places, setting.seed + 1)
+    columns = list(setting.space.category_codes)
+    near = (code + 0.2 * (spread - 0.5)).clamp(0, 1)
+    other = torch.rand(spread.shape, generator=torch.Generator().manual_seed(setting.seed)) < 0.1
+    near[:, columns] = torch.where(other, spread, code)[:, columns]
+    return setting.space.snap(near)
+
+
+def _several(setting: Setting, at: _AtTried) -> dict[str, Any]:
+    standardise = at.scales.standardise(setting.outcomes)
+    objective = GenericMCMultiOutputObjective(lambda Y, X: standardise(Y))
+    common = {"model": setting.model, "X_baseline": setting.tried, "sampler": at.sampler, "objective": objective}
+    return common | {"constraints": at.scales.constraints(setting.outcomes), "prune_baseline": True}
+
+
+def _log_nehvi(setting: Setting) -> AcquisitionFunction:
+    at = _at_tried(setting)
+    if setting.reference_point is None:
+        merits = at.scales.standardise(setting.outcomes)(at.means)
+        kept = (setting.outcomes.excesses(at.means) <= 0).all(-1)
+        merits = merits[kept] if bool(kept.any()) else merits
+        reference = infer_reference_point(merits[is_non_dominated(merits)])
+    else:
+        wanted = setting.outcomes.signs * torch.tensor(setting.reference_point, dtype=torch.float64)
+        reference = (wanted - at.scales.loc) / at.scales.scale
+    return qLogNoisyExpectedHypervolumeImprovement(ref_point=reference, **_several(setting, at))
+
+
+def _log_nparego(setting: Setting) -> AcquisitionFunction:
+    return qLogNParEGO(**_several(setting, _at_tried(setting)))
+
+
+BUILDERS: dict[str, Callable[[Setting], AcquisitionFunction]] = {
+    "logei": _log_ei,
+    "lognei": _log_nei,
+    "ucb": _ucb,
+    "thompson": _thompson,
+    "mes": _mes,
+    "kg": _kg,
+    "lognehvi": _log_nehvi,
+    "lognparego": _log_nparego,
+}
