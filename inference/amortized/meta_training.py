@@ -99,9 +99,9 @@ class MetaInfo(NamedTuple):
 class MetaTraining(Configured):
     """Adam with warm-up and cosine decay over batches of tasks; a method for :func:`bayesnn.inference.run.run`.
 
-    The context size is 0 or 1 in a twentieth of the batches, log-uniform over 2..N in a third, and uniform in the others,
-    since most is to be learned about large contexts; N grows geometrically from 8 to ``max_context`` over the first
-    ``num_curriculum`` steps. The number of tasks per batch is inverse to their number of
+    The context size is 0 or 1 in a twentieth of the batches, log-uniform over 2..N in a share of ``log_uniform``, and uniform
+    in the others, since most is to be learned about large contexts; N grows geometrically from 8 to ``max_context`` over the
+    first ``num_curriculum`` steps. The number of tasks per batch is inverse to their number of
     rows, so that every batch costs about the same. The result are the parameters' running mean, over about the last
     1 / (1 - ``average_decay``) steps.
 
@@ -116,6 +116,7 @@ class MetaTraining(Configured):
         matrix_lr: peak learning rate of Muon, for the network's ``hidden_matrices`` (a set of parameters' names; without it
             all parameters are Adam's); its author's.
         num_warmup: steps of linear warm-up.
+        log_uniform: share of batches with context sizes that are log-uniform.
         num_curriculum: steps until contexts of all sizes are drawn.
         max_norm: gradients are clipped to this norm.
         average_decay: of the running mean; 0: the last parameters alone.
@@ -134,6 +135,7 @@ class MetaTraining(Configured):
     matrix_lr: float = 0.02
     num_warmup: int = 500
     num_curriculum: int = 0
+    log_uniform: float = 1 / 3
     max_norm: float = 1.0
     average_decay: float = 0.999
 
@@ -141,7 +143,7 @@ class MetaTraining(Configured):
         check_fields(self, count, "num_steps", "num_queries", "rows_per_batch", "max_tasks", "num_batches")
         check_fields(self, partial(count, least=0), "max_context", "num_warmup", "num_curriculum")
         check_fields(self, positive, "lr", "matrix_lr", "max_norm")
-        check_fields(self, partial(fraction, interval="[0, 1)"), "average_decay")
+        check_fields(self, partial(fraction, interval="[0, 1)"), "average_decay", "log_uniform")
 
     def init(self, target: MetaTarget, generator: torch.Generator) -> MetaState:
         """Start from the network's current parameters."""
@@ -203,7 +205,7 @@ class MetaTraining(Configured):
             most = int(8 * (most / 8) ** (index / self.num_curriculum))
         if kind < 0.05 or most < 2:
             return min(int(kind < 0.025), most)
-        if kind < 0.05 + 1 / 3:
+        if kind < 0.05 + self.log_uniform:
             return min(most, int(2 * ((most + 1) / 2) ** position))
         return min(most, int(2 + (most - 1) * position))
 
