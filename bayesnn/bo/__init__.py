@@ -1,8 +1,12 @@
 """Bayesian optimisation: any model of this library decides what to try next."""
 
+from bayesnn.bo.bandit import NeuralBandit
 from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement, probability_of_improvement, quantile
+from bayesnn.bo.exploration import fast_cb, square_cb
+from bayesnn.bo.gradient_policies import NeuralThompson, NeuralUCB
 from bayesnn.bo.minimize import maximize, minimize
 from bayesnn.bo.parameters import Ordinal, When
+from bayesnn.bo.regression_policies import NeuFastCB, NeuSquareCB
 from bayesnn.bo.result import Evaluation, Interrupted, Result
 from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
@@ -13,15 +17,22 @@ __all__ = [
     "Evaluation",
     "Interrupted",
     "Ordinal",
+    "NeuFastCB",
+    "NeuSquareCB",
+    "NeuralBandit",
+    "NeuralThompson",
+    "NeuralUCB",
     "Result",
     "Space",
     "SpaceExhaustedError",
     "SurrogateSampler",
     "When",
+    "fast_cb",
     "log_expected_improvement",
     "maximize",
     "minimize",
     "probability_of_improvement",
     "quantile",
+    "square_cb",
     "suggest",
 ]
