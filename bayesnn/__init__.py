@@ -8,7 +8,7 @@ from bayesnn.data import BayesnnWarning
 from bayesnn.inference.amortized import PFN
 from bayesnn.model import Model, NotFittedError
 from bayesnn.predictive import Predictive
-from bayesnn.processes import NNGP, ConditionalNeuralProcess, StudentTProcess
+from bayesnn.processes import NNGP, ConditionalNeuralProcess, GaussianProcess, StudentTProcess
 from bayesnn.registry import named_model, surrogate, surrogates
 
 __version__ = version("bayesnn")
@@ -20,6 +20,7 @@ __all__ = [
     "PFN",
     "BayesnnWarning",
     "ConditionalNeuralProcess",
+    "GaussianProcess",
     "Model",
     "NotFittedError",
     "Predictive",

@@ -2,6 +2,7 @@
 
 from bayesnn.processes.dirichlet_classification import DirichletNNGP, MaximumEvidence
 from bayesnn.processes.gaussian import NNGP
+from bayesnn.processes.gp import GaussianProcess
 from bayesnn.processes.gradient_flow import NTKEnsemble
 from bayesnn.processes.neural import ConditionalNeuralProcess
 from bayesnn.processes.scale_mixture_process import ScaleMixtureProcess
@@ -15,6 +16,7 @@ __all__ = [
     "CollapsedBound",
     "ConditionalNeuralProcess",
     "DirichletNNGP",
+    "GaussianProcess",
     "MaximumEvidence",
     "NTKEnsemble",
     "ScaleMixtureProcess",

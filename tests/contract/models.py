@@ -20,6 +20,7 @@ OPTIONS = {
     "mean-field": SMALL | {"method": MeanField(num_steps=200, num_draws=48)},
     "ensemble": SMALL | {"method": DeepEnsemble(num_members=6, num_steps=100)},
     "pfn": {"bounds": None},
+    "gp": {"bounds": None},
 }
 SPREAD = 10.0  # of the outcomes, in the user's units
 
