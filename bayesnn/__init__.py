@@ -10,6 +10,7 @@ from bayesnn.model import Model, NotFittedError
 from bayesnn.predictive import Predictive
 from bayesnn.processes import NNGP, ConditionalNeuralProcess, GaussianProcess, StudentTProcess
 from bayesnn.registry import named_model, surrogate, surrogates
+from bayesnn.stacking import Stack
 
 __version__ = version("bayesnn")
 load = Model.load
@@ -24,6 +25,7 @@ __all__ = [
     "Model",
     "NotFittedError",
     "Predictive",
+    "Stack",
     "StudentTProcess",
     "likelihoods",
     "load",
