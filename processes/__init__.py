@@ -1,5 +1,6 @@
 """Distributions over functions."""
 
+from bayesnn.processes.deep_kernel import DeepKernel
 from bayesnn.processes.dirichlet_classification import DirichletNNGP, MaximumEvidence
 from bayesnn.processes.gaussian import NNGP
 from bayesnn.processes.gp import GaussianProcess
@@ -15,6 +16,7 @@ __all__ = [
     "NNGP",
     "CollapsedBound",
     "ConditionalNeuralProcess",
+    "DeepKernel",
     "DirichletNNGP",
     "GaussianProcess",
     "MaximumEvidence",

@@ -21,6 +21,7 @@ OPTIONS = {
     "ensemble": SMALL | {"method": DeepEnsemble(num_members=6, num_steps=100)},
     "pfn": {"bounds": None},
     "gp": {"bounds": None},
+    "dkl": {"bounds": None, "widths": (8, 2), "num_steps": 50},
     "stack": {
         "models": [
             bayesnn.GaussianProcess(),
