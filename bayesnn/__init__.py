@@ -8,8 +8,9 @@ from bayesnn.data import BayesnnWarning
 from bayesnn.inference.amortized import PFN
 from bayesnn.model import Model, NotFittedError
 from bayesnn.predictive import Predictive
-from bayesnn.processes import NNGP, ConditionalNeuralProcess, StudentTProcess
+from bayesnn.processes import NNGP, ConditionalNeuralProcess, GaussianProcess, StudentTProcess
 from bayesnn.registry import named_model, surrogate, surrogates
+from bayesnn.stacking import Stack
 
 __version__ = version("bayesnn")
 load = Model.load
@@ -20,9 +21,11 @@ __all__ = [
     "PFN",
     "BayesnnWarning",
     "ConditionalNeuralProcess",
+    "GaussianProcess",
     "Model",
     "NotFittedError",
     "Predictive",
+    "Stack",
     "StudentTProcess",
     "likelihoods",
     "load",

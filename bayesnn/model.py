@@ -326,7 +326,7 @@ class Model(Configured, BotorchModel):
             NotFittedError: before ``fit``.
             ValueError: for a model that has taken in observations since: fit one to all data instead.
         """
-        data = self._require_fitted()
+        self._require_fitted()
         if self._conditioned:
             raise ValueError("a conditioned model can't be saved: fit the model to all observations and save that")
         arguments, missing = {}, []
@@ -335,17 +335,29 @@ class Model(Configured, BotorchModel):
                 arguments[name] = describe(value)
             except TypeError:
                 missing.append(name)
-        tensors = {
-            "data.X": data.X,
-            "data.Y": data.Y,
-            "inputs.loc": self._inputs.loc,
-            "inputs.scale": self._inputs.scale,
-        }
-        tensors |= {"outcomes.loc": self._outcomes.loc, "outcomes.scale": self._outcomes.scale}
-        tensors |= {f"state.{name}": tensor for name, tensor in self._state().items()}
         description = {"format": 1, "class": self._saved_as, "arguments": arguments, "missing": missing}
         description |= {"outputs": self._outputs}
-        write_tensors(path, tensors, description)
+        write_tensors(path, self.fitted_tensors(), description)
+
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """All that a fit found, with the data: what the constructor's arguments don't say.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        data = self._require_fitted()
+        tensors = {"data.X": data.X, "data.Y": data.Y}
+        tensors |= {"inputs.loc": self._inputs.loc, "inputs.scale": self._inputs.scale}
+        tensors |= {"outcomes.loc": self._outcomes.loc, "outcomes.scale": self._outcomes.scale}
+        return tensors | {f"state.{name}": tensor for name, tensor in self._state().items()}
+
+    def take_fitted_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        """Become the model whose :meth:`fitted_tensors` these are; it must have been built with the same arguments."""
+        self._data = Data(tensors["data.X"], tensors["data.Y"])
+        self._inputs = Scaling(tensors["inputs.loc"], tensors["inputs.scale"])
+        self._outcomes = Scaling(tensors["outcomes.loc"], tensors["outcomes.scale"])
+        self._set_state({n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")})
+        return self.eval()
 
     def _saved_arguments(self) -> dict[str, Any]:
         return dict(self._arguments)
@@ -375,11 +387,8 @@ class Model(Configured, BotorchModel):
                 f"load(path, {', '.join(f'{name}=…' for name in missing)})"
             )
         model = found(**({name: build(value) for name, value in description["arguments"].items()} | arguments))
-        model._data, model._outputs = Data(tensors["data.X"], tensors["data.Y"]), description["outputs"]
-        model._inputs = Scaling(tensors["inputs.loc"], tensors["inputs.scale"])
-        model._outcomes = Scaling(tensors["outcomes.loc"], tensors["outcomes.scale"])
-        model._set_state({n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")})
-        return model.eval()
+        model._outputs = description["outputs"]
+        return model.take_fitted_tensors(tensors)
 
 
 def _with_noise_var(posterior: Any, noise_var: Tensor) -> Any:

@@ -1,7 +1,9 @@
 """Distributions over functions."""
 
+from bayesnn.processes.deep_kernel import DeepKernel
 from bayesnn.processes.dirichlet_classification import DirichletNNGP, MaximumEvidence
 from bayesnn.processes.gaussian import NNGP
+from bayesnn.processes.gp import GaussianProcess
 from bayesnn.processes.gradient_flow import NTKEnsemble
 from bayesnn.processes.neural import ConditionalNeuralProcess
 from bayesnn.processes.scale_mixture_process import ScaleMixtureProcess
@@ -14,7 +16,9 @@ __all__ = [
     "NNGP",
     "CollapsedBound",
     "ConditionalNeuralProcess",
+    "DeepKernel",
     "DirichletNNGP",
+    "GaussianProcess",
     "MaximumEvidence",
     "NTKEnsemble",
     "ScaleMixtureProcess",

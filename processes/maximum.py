@@ -36,6 +36,7 @@ def minimise(
     module: nn.Module,
     time_budget: float | None,
     other_starts: Sequence[dict[str, float]] = (),
+    max_steps: int = 15_000,
 ) -> None:
     """L-BFGS-B in place, each output at the lowest value of all searches; never above the present ones.
 
@@ -49,6 +50,7 @@ def minimise(
         time_budget: seconds in all.
         other_starts: where searches begin anew after the first, if there is time left: values of some parameters, by name;
             the others begin as the first did.
+        max_steps: of each search; SciPy's default.
     """
     began = time.monotonic()
     parameters: dict[str, Tensor] = {key: value for key, value in module.named_parameters() if value.requires_grad}
@@ -62,7 +64,7 @@ def minimise(
         if start and left is not None and left <= 0:
             break
         _set(parameters, first | {key: torch.full_like(first[key], value) for key, value in start.items()})
-        message, converged = _search(loss, parameters, bounds, far, left)
+        message, converged = _search(loss, parameters, bounds, far, left, max_steps)
         settled |= converged
         best, lowest = _better(loss, parameters, (best, lowest), (_copied(parameters), _value(loss)))
     _set(parameters, best)
@@ -77,6 +79,7 @@ def _search(
     bounds: dict[str, tuple[Any, Any]],
     far: float,
     time_budget: float | None,
+    max_steps: int,
 ) -> tuple[str, bool]:
     """One, in place; how it ended, and whether at a minimum."""
 
@@ -94,7 +97,8 @@ def _search(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumericalWarning)
-        found = scipy_minimize(value_and_gradient, parameters, bounds, timeout_sec=time_budget, options=OPTIONS)
+        options = OPTIONS | {"maxiter": max_steps}
+        found = scipy_minimize(value_and_gradient, parameters, bounds, timeout_sec=time_budget, options=options)
     return str(found.message), found.status == OptimizationStatus.SUCCESS and found.fval != far
 
 

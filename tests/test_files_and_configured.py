@@ -240,8 +240,8 @@ def test_surrogates_by_name():
     assert bayesnn.surrogate("hmc", max_draws=7).max_draws == 7
     assert isinstance(bayesnn.surrogate("ensemble").method, DeepEnsemble)
     assert bayesnn.surrogate("hmc") is not bayesnn.surrogate("hmc")
-    with pytest.raises(ValueError, match=r"no surrogate named 'gp'; there are cnp, "):
-        bayesnn.surrogate("gp")
+    with pytest.raises(ValueError, match=r"no surrogate named 'kriging'; there are cnp, "):
+        bayesnn.surrogate("kriging")
 
 
 def test_public_names_are_there_and_documented():

@@ -1,5 +1,6 @@
 """Bayesian optimisation: any model of this library decides what to try next."""
 
+from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.bandit import NeuralBandit
 from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement, probability_of_improvement, quantile
 from bayesnn.bo.exploration import fast_cb, square_cb
@@ -13,15 +14,16 @@ from bayesnn.bo.space import Space
 from bayesnn.bo.suggest import SpaceExhaustedError, suggest
 
 __all__ = [
+    "AutoSurrogate",
     "ClosedForm",
     "Evaluation",
     "Interrupted",
-    "Ordinal",
     "NeuFastCB",
     "NeuSquareCB",
     "NeuralBandit",
     "NeuralThompson",
     "NeuralUCB",
+    "Ordinal",
     "Result",
     "Space",
     "SpaceExhaustedError",

@@ -41,8 +41,8 @@ def minimize(
     Args:
         f: the objective, called with one dict, the configuration: ``f({"x": 0.3, "n": 4, "kind": "a"})``.
         space: the search space, see :class:`Space`.
-        surrogate: a name among ``bayesnn.surrogates()``, an unfitted model, or a function from features and values to a
-            fitted BoTorch model.
+        surrogate: a name among ``bayesnn.surrogates()``, "auto" for the one of several that predicts best, an unfitted
+            model, or a function from features and values to a fitted BoTorch model.
         num_trials: how many evaluations in total, with those already in the storage. A finite space has no more than its
             configurations.
         seed: of every random draw; the same seed and values give the same configurations.

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from bayesnn.bo.acquisition import NAMES, Name
+from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.outcomes import Direction, Limit, outcomes_of
 from bayesnn.bo.space import Space
 from bayesnn.bo.suggest import propose
@@ -60,14 +61,16 @@ class SurrogateSampler(BaseSampler):
     first trial of a study whose space isn't given. The same seed and the same trials give the
     same next trial, also after a restart and in another process.
 
-    What was done is kept with each trial, as user attributes: ``sampler`` ("sobol" or "surrogate"), ``surrogate``,
+    What was done is kept with each trial, as user attributes: ``sampler`` ("sobol" or "surrogate"), ``surrogate`` (for
+    "auto": the chosen one, with ``surrogate_scores`` and, of how many rows they are, ``surrogate_scored_on``),
     ``fit_seconds``, ``suggest_seconds``, ``acquisition`` and ``acquisition_value``, ``num_observed``, ``num_pending``,
     ``num_failed``, ``independent`` (the parameters drawn by themselves) and, where the surrogate couldn't answer,
     ``fallback`` with the reason; that is also a warning.
 
     Args:
-        surrogate: a name among ``bayesnn.surrogates()``; or an unfitted model, which is copied for each fit; or a function
-            from features (n, d) and values (n, m) to a fitted BoTorch model.
+        surrogate: a name among ``bayesnn.surrogates()``; or "auto", the one of several that predicts best
+            (:class:`AutoSurrogate`); or an unfitted model, which is copied for each fit; or a function from features (n, d)
+            and values (n, m) to a fitted BoTorch model.
         num_startup: how many trials must have finished before the surrogate is used.
         seed: of every random draw.
         space: the search space, if it is known beforehand; otherwise it is what the finished trials have in common.
@@ -145,6 +148,8 @@ class SurrogateSampler(BaseSampler):
         else:
             try:
                 code = self._propose(study, trial, space, observations, record)
+                if isinstance(self._fit, AutoSurrogate):
+                    record |= self._fit.record(space.encode(observations.codes), observations.values)
             except Exception as error:
                 record |= {"sampler": "sobol", "fallback": f"{type(error).__name__}: {error}"}
                 warnings.warn(
@@ -283,6 +288,10 @@ def _stack(rows: Sequence[Any], width: int) -> Tensor:
 
 def _fitter(surrogate: Any) -> tuple[str, Callable[[Tensor, Tensor, int], BotorchModel]]:
     """A surrogate's name, and how it is fitted to features, values and a seed."""
+    if surrogate == "auto":
+        surrogate = AutoSurrogate()
+    if isinstance(surrogate, AutoSurrogate):
+        return "auto", surrogate
     if isinstance(surrogate, str):
         model, name = surrogate_by_name(surrogate), surrogate
     elif isinstance(surrogate, Model):

@@ -8,12 +8,14 @@ at every point, in every t-batch element and in every later call:
 * :class:`StudentT`: multivariate t, one chi-squared variable per function;
 * :class:`ScaleMixture`: a Gaussian with a random factor of its covariance, known through weighted draws;
 * :class:`Copula`: marginals of any shape (a histogram, a Gaussian) tied together by a Gaussian copula;
+* :class:`Mixture`: several of them with weights, one model for each function;
 * :func:`gaussian_view`: any of them, moment-matched to a Gaussian, for acquisition functions that insist.
 """
 
 from bayesnn.posteriors.copula import Copula, correlation_root
 from bayesnn.posteriors.draws import FunctionDraws, FunctionSampler, function_draws
 from bayesnn.posteriors.gaussian import Gaussian
+from bayesnn.posteriors.mixture import Mixture
 from bayesnn.posteriors.scale_mixture import ScaleMixture
 from bayesnn.posteriors.student_t import StudentT
 from bayesnn.posteriors.view import gaussian_view
@@ -23,6 +25,7 @@ __all__ = [
     "FunctionDraws",
     "FunctionSampler",
     "Gaussian",
+    "Mixture",
     "ScaleMixture",
     "StudentT",
     "correlation_root",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from botorch.posteriors import GPyTorchPosterior, Posterior
 
 from bayesnn.posteriors.copula import Copula
 from bayesnn.posteriors.draws import FunctionDraws
 from bayesnn.posteriors.gaussian import Gaussian
+from bayesnn.posteriors.mixture import Mixture
 from bayesnn.posteriors.scale_mixture import ScaleMixture
 from bayesnn.posteriors.student_t import StudentT
 
@@ -30,6 +32,11 @@ def gaussian_view(posterior: Posterior) -> Gaussian:
     elif isinstance(posterior, Copula):
         root = posterior.variance.sqrt().mT.unsqueeze(-1) * posterior.root
         covariance = root @ root.mT
+    elif isinstance(posterior, Mixture):
+        away = [(part.mean - posterior.mean).mT.unsqueeze(-1) for part in posterior.parts]  # (*batch, m, q, 1)
+        within = [gaussian_view(part).output_covariance.to_dense() for part in posterior.parts]
+        second = torch.stack([own + far @ far.mT for own, far in zip(within, away, strict=True)], -1)
+        covariance = second @ posterior.log_weights.exp().to(second)
     else:
         raise TypeError(f"no Gaussian view of {type(posterior).__name__}")
     return Gaussian.from_moments(posterior.mean, covariance)

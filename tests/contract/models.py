@@ -20,6 +20,15 @@ OPTIONS = {
     "mean-field": SMALL | {"method": MeanField(num_steps=200, num_draws=48)},
     "ensemble": SMALL | {"method": DeepEnsemble(num_members=6, num_steps=100)},
     "pfn": {"bounds": None},
+    "gp": {"bounds": None},
+    "dkl": {"bounds": None, "widths": (8, 2), "num_steps": 50},
+    "stack": {
+        "models": [
+            bayesnn.GaussianProcess(),
+            bayesnn.StudentTProcess(optimise=False),
+            bayesnn.BNN(method=DeepEnsemble(num_members=6, num_steps=60)),
+        ],
+    },
 }
 SPREAD = 10.0  # of the outcomes, in the user's units
 
@@ -27,7 +36,16 @@ each_model = pytest.mark.parametrize("name", NAMES, ids=[f"<{name}>" for name in
 each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["64", "32"])
 
 
+class EqualStack(bayesnn.Stack):
+    """All members have a say here: of these data the best one would have all of it. (How weights are found: test_stacking.)"""
+
+    def _found_weights(self, data, options):
+        return torch.full((len(self._models),), 1 / len(self._models), dtype=torch.float64)
+
+
 def unfitted(name):
+    if name == "stack":
+        return EqualStack(**OPTIONS[name])
     return bayesnn.surrogate(name, **OPTIONS.get(name, {}))
 
 

@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 
 from bayesnn import NNGP, StudentTProcess, likelihoods
 from bayesnn.processes.evidence import log_prior, quadratic
-from bayesnn.processes.gaussian import log_evidence
+from bayesnn.processes.exact import log_evidence
 from bayesnn.processes.shared_scale import condition, fit_of, no_observations
 
 

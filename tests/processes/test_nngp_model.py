@@ -10,7 +10,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 
 from bayesnn import NNGP, likelihoods
 from bayesnn.data import BayesnnWarning
-from bayesnn.processes import SparseNNGP, StudentTProcess, gaussian
+from bayesnn.processes import SparseNNGP, StudentTProcess, exact
 from bayesnn.processes.dual_activations import dual_activation
 from bayesnn.processes.kernels import FourierKernel
 from bayesnn.processes.maximum import minimise
@@ -145,7 +145,7 @@ def test_small_noise_is_found_in_few_steps(monkeypatch):
     def counted(name, loss, *arguments):
         minimise(name, lambda: (calls.append(1), loss())[1], *arguments)
 
-    monkeypatch.setattr(gaussian, "minimise", counted)
+    monkeypatch.setattr(exact, "minimise", counted)
     model = NNGP(restart=False).fit(X, signal + 0.03 * noise)
     assert 0.02 < model.predict(X[:1]).aleatoric.sqrt() < 0.04
     assert len(calls) < 90
@@ -188,7 +188,7 @@ def test_predictions_in_blocks_of_rows(monkeypatch):
     model = NNGP(optimise=False).fit(X, torch.cat([Y, X], 1)[:, :2])
     new = X.reshape(2, 30, 3) + 0.1
     whole = model.posterior(new)
-    monkeypatch.setattr(gaussian, "ROWS", 7)
+    monkeypatch.setattr(exact, "ROWS", 7)
     p = model.predict(new)
     assert torch.allclose(p.mean, whole.mean, atol=1e-12)
     assert torch.allclose(p.epistemic, whole.variance, atol=1e-12)
