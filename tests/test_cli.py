@@ -1,8 +1,11 @@
 """The command line, as a user types it."""
 
 import json
+import os
 import re
+import signal
 import sys
+import time
 import types
 
 import numpy as np
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 from bayesnn import surrogates
 from bayesnn.bo.space_file import read_space
 from bayesnn.cli import app
+from bayesnn.cli.search import stop_signals
 
 runner = CliRunner()
 
@@ -153,6 +157,14 @@ def test_optimize_says_when_nothing_succeeds(tmp_path):
     result = invoke("optimize", "--space", tmp_path / "space.toml", *arguments)
     assert result.exit_code == 1 and result.stdout == ""
     assert "no evaluation succeeded, 1 failed; the last one: it printed no line of JSON" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_scheduler_stops_optimize_as_ctrl_c_does():
+    with stop_signals(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_example_of_optimize_is_a_space(tmp_path):

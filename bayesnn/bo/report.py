@@ -25,6 +25,7 @@ from bayesnn.bo.space import Space
 from bayesnn.bo.storage import open_storage
 from bayesnn.bo.study import quiet_optuna
 from bayesnn.bo.surrogate_pictures import MAX_PAIRED, View, pairs, slices
+from bayesnn.data import BayesnnWarning
 from bayesnn.report import Rows, html
 
 SURROGATE = "nngp"
@@ -68,6 +69,8 @@ def study_page(study: Study) -> str:
     with quiet_optuna(), warnings.catch_warnings():
         # Matplotlib's, of letters that its font doesn't have: the tables have them all.
         warnings.filterwarnings("ignore", message="Glyph")
+        # The surrogate's, of an objective that never changes: the pictures show it.
+        warnings.filterwarnings("ignore", message="Y: column", category=BayesnnWarning)
         remarks: list[str] = []
         figures = _figures(study, remarks)
         tables: Tables = {"Summary": ([_summary(study)], remarks)} | _best(study)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from botorch.models.model import Model as BotorchModel
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from bayesnn.bo.parameters import Categorical, Parameter, all_codes
 from bayesnn.bo.pictures import COLORS, label, ticks
@@ -37,15 +37,15 @@ class View:
         self, model: BotorchModel, space: Space, observations: Observations, objective: int, best: int
     ) -> None:
         self.model, self.space, self.objective = model, space, objective
-        self.codes, self.values = observations.codes, observations.values[:, objective]
-        self.center = observations.codes[best]
+        self.codes, self.values = observations.codes.numpy(), observations.values[:, objective].numpy()
+        self.center = self.codes[best]
 
-    def grid(self, name: str) -> Tensor:
+    def grid(self, name: str) -> np.ndarray:
         """Codes of a parameter, from its lowest to its highest value."""
         parameter = self.space.parameters[name]
         if parameter.num_values <= NUM_GRID:
-            return torch.tensor(all_codes(parameter), dtype=torch.float64)
-        return torch.linspace(0, float(self.space.bounds[1, self.column(name)]), NUM_GRID, dtype=torch.float64)
+            return np.array(all_codes(parameter))
+        return np.linspace(0, float(self.space.bounds[1, self.column(name)]), NUM_GRID)
 
     def column(self, name: str) -> int:
         """Where a parameter stands in the codes."""
@@ -53,12 +53,12 @@ class View:
 
     def along(self, *names: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation over the grid of one or two parameters, with a dimension for each."""
-        grid = torch.cartesian_prod(*(self.grid(name) for name in names)).reshape(-1, len(names))
-        codes = self.center.repeat(len(grid), 1)
+        grid = torch.cartesian_prod(*(torch.as_tensor(self.grid(name)) for name in names)).reshape(-1, len(names))
+        codes = torch.as_tensor(self.center).repeat(len(grid), 1)
         codes[:, [self.column(name) for name in names]] = grid
         # One point at a time: nobody needs their covariance.
         with torch.no_grad():
-            posterior = self.model.posterior(self.space.encode(codes).unsqueeze(1))
+            posterior: Any = self.model.posterior(self.space.encode(codes).unsqueeze(1))
             mean, variance = posterior.mean[:, 0, self.objective], posterior.variance[:, 0, self.objective]
         shape = [len(self.grid(name)) for name in names]
         return mean.reshape(shape).numpy(), variance.clamp(min=0).sqrt().reshape(shape).numpy()
@@ -68,11 +68,11 @@ def slices(view: View, names: Sequence[str], objective: str) -> Figure:
     """Mean and two standard deviations along each parameter, and the trials, whose other parameters differ."""
     num_rows = -(-len(names) // 3)
     figure = Figure(figsize=(13, 3.4 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, 3, squeeze=False, sharey=True).flat
-    for axes in list(panels)[len(names) :]:
+    panels = figure.subplots(num_rows, 3, squeeze=False, sharey=True).ravel()
+    for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
-        grid, (mean, std) = view.grid(name).numpy(), view.along(name)
+        grid, (mean, std) = view.grid(name), view.along(name)
         if isinstance(view.space.parameters[name], Categorical):
             axes.errorbar(grid, mean, 2 * std, fmt="s", color=TOTAL, capsize=4)
         else:
@@ -82,8 +82,8 @@ def slices(view: View, names: Sequence[str], objective: str) -> Figure:
         axes.axvline(float(view.center[view.column(name)]), color=EPISTEMIC, linewidth=1, linestyle=":")
         axes.set_xlabel(label(name))
         ticks(axes.xaxis, view.space.parameters[name])
-    for row in range(num_rows):
-        figure.axes[3 * row].set_ylabel(label(objective))
+    for axes in panels[::3]:
+        axes.set_ylabel(label(objective))
     return figure
 
 

@@ -57,7 +57,7 @@ def optimize(
 
     At the end, the best configuration is printed as one line of JSON.
     """
-    with one_line_errors(), _stop_signals(), _one_line_warnings():
+    with one_line_errors(), stop_signals(), _one_line_warnings():
         try:
             result = optimize_command(
                 command,
@@ -84,7 +84,7 @@ def optimize(
 
 
 @contextmanager
-def _stop_signals() -> Iterator[None]:
+def stop_signals() -> Iterator[None]:
     """A scheduler's SIGTERM and a closed terminal's SIGHUP stop as Ctrl-C does, unless somebody ignores them (nohup)."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]

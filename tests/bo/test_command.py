@@ -22,7 +22,7 @@ from bayesnn import BayesnnWarning
 from bayesnn.bo import Space
 from bayesnn.bo.command import Command, Runner
 from bayesnn.bo.result import is_evaluation
-from bayesnn.bo.storage import open_storage
+from bayesnn.bo.storage import begin, open_storage, release_own, requeue_orphans
 from bayesnn.bo.workers import optimize_command
 from bayesnn.cli import app
 
@@ -238,8 +238,8 @@ def test_a_stored_study_goes_on_or_refuses(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     command = script(tmp_path, COUNTED, f'"{calls}" {{x}}')
     space = Space({"x": (0.0, 1.0)})
-    for num_trials in (2, 4, 4):
-        result = run(tmp_path, command, space, num_trials=num_trials, surrogate="ensemble")
+    for num_trials in (2, 3, 3):
+        result = run(tmp_path, command, space, num_trials=num_trials)
         assert len(result.history) == num_trials == len(calls.read_text().splitlines())
     wider = Space({"x": (0.0, 2.0)})
     with pytest.raises(ValueError, match="has another space, which differs in x"):
@@ -248,7 +248,7 @@ def test_a_stored_study_goes_on_or_refuses(tmp_path: Path) -> None:
         run(tmp_path, command, space, direction="maximize")
     with pytest.raises(ValueError, match="is about 'loss', not 'accuracy'"):
         optimize_command(command, space, "accuracy", storage=tmp_path / "study.db")
-    assert len(calls.read_text().splitlines()) == 4
+    assert len(calls.read_text().splitlines()) == 3
 
 
 def test_nothing_succeeds(tmp_path: Path) -> None:
@@ -278,6 +278,51 @@ def test_arguments_that_make_no_sense(tmp_path: Path, change: dict[str, Any], me
 
 # Cut off ----------------------------------------------------------------------------------------------------------------
 
+
+class Stopped(optuna.samplers.RandomSampler):
+    """A sampler that never gets to suggest anything."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+
+@posix
+def test_a_process_killed_while_it_suggests_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = subprocess.Popen([sys.executable, "-S", "-I", "-c", ""])
+    dead.wait()
+    storage = open_storage(tmp_path / "study.db")
+    study = optuna.create_study(study_name="bayesnn", storage=storage, sampler=Stopped())
+    with monkeypatch.context() as context:
+        context.setattr("bayesnn.bo.storage.os.getpid", lambda: dead.pid)
+        with pytest.raises(KeyboardInterrupt):
+            begin(study, SPACE.distributions())
+    assert [trial.state.name for trial in study.trials] == ["RUNNING"]
+    requeue_orphans(study)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
+    # A process with the same number takes what it finds for its own.
+    with pytest.raises(KeyboardInterrupt):
+        begin(study, SPACE.distributions())
+    requeue_orphans(study)
+    assert study.trials[1].state.name == "RUNNING"
+    release_own(study)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "WAITING"]
+
+
+def test_a_failure_that_could_not_be_told_is_not_run_again(tmp_path: Path) -> None:
+    study = optuna.create_study(study_name="bayesnn", storage=open_storage(tmp_path / "study.db"))
+    begin(study, SPACE.distributions()).set_user_attr("failure", "exit code 1")
+    release_own(study)
+    assert [is_evaluation(trial) for trial in study.trials] == [True]
+
+
+# A shell that starts pytest in the background has SIGINT ignored in all that comes of it.
+MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from bayesnn.cli import app
+app()
+"""
+
 # The third, fourth, seventh and eighth call hang.
 SOMETIMES_HANGING = """
 import json, os, sys, time
@@ -298,23 +343,24 @@ print(json.dumps({"loss": float(x) + int(n)}))
 
 
 @posix
-def test_ctrl_c_and_a_kill_lose_nothing_and_count_nothing_twice(tmp_path: Path) -> None:
+def test_ctrl_c_and_a_kill_lose_nothing_and_count_nothing_twice(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     calls = tmp_path / "calls"
     calls.mkdir()
     (tmp_path / "space.toml").write_text("x = [0.0, 1.0]\nn = [1, 9]")
     arguments = [
         *("optimize", "--space", str(tmp_path / "space.toml"), "--metric", "loss", "--workers", "2", "--trials", "6"),
         *("--command", script(tmp_path, SOMETIMES_HANGING, f'"{calls}" {{x}} {{n}}')),
-        *("--storage", str(tmp_path / "study.db"), "--surrogate", "ensemble"),
+        *("--storage", str(tmp_path / "study.db")),
     ]
 
     def started_until(count: int) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from bayesnn.cli import app; app()", *arguments],
+            [sys.executable, "-c", MAIN, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        request.addfinalizer(process.kill)
         wait_until(lambda: process.poll() is not None or len(list(calls.iterdir())) == count)
         wait_until(lambda: process.poll() is not None or all(path.read_text() for path in calls.iterdir()))
         assert process.poll() is None, process.communicate()
@@ -329,7 +375,7 @@ def test_ctrl_c_and_a_kill_lose_nothing_and_count_nothing_twice(tmp_path: Path) 
 
     interrupted = started_until(4)
     interrupted.send_signal(signal.SIGINT)
-    out, err = interrupted.communicate(timeout=120)
+    out, err = interrupted.communicate(timeout=300)
     assert interrupted.returncode == 130 and out == ""
     assert "interrupted: the same command line goes on" in err and "Traceback" not in err
     assert states() == {"EVALUATED": 2, "FAIL": 2, "WAITING": 2}

@@ -7,16 +7,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
-import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from bayesnn.bo import Space, SurrogateSampler
+from bayesnn.bo.pictures import convergence, parallel_coordinates
 from bayesnn.bo.report import load_study, study_page
 from bayesnn.bo.sampler import observe
-from bayesnn.bo.surrogate_pictures import View
+from bayesnn.bo.surrogate_pictures import View, pairs, slices
 
 DISTRIBUTIONS = {
     "lr": FloatDistribution(1e-5, 1e-1, log=True),
@@ -66,7 +67,7 @@ def page_of(study: optuna.Study) -> Page:
 def study_of(num_trials: int, directions: tuple[str, ...] = ("minimize",), **more: Any) -> optuna.Study:
     study = optuna.create_study(directions=directions, study_name="<b>study</b>", **more)
     space = Space.from_distributions(DISTRIBUTIONS)
-    for x in space.configurations(space.sobol(num_trials, seed=0)):
+    for x in space.configurations(space.sobol(10, seed=0)[:num_trials]):
         value = x["layers"] * 1.0 + (x["kind"] == "c")
         study.add_trial(
             optuna.create_trial(params=x, distributions=DISTRIBUTIONS, values=[value, -value][: len(directions)])
@@ -81,7 +82,8 @@ def add(study: optuna.Study, state: TrialState, **more: Any) -> None:
 
 def test_a_whole_page() -> None:
     study = study_of(9)
-    study.set_metric_names(["loss <x>"])
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        study.set_metric_names(["loss <x>"])
     add(study, TrialState.FAIL, user_attrs={"failure": "exit code 1; <i>no data</i>"})
     add(study, TrialState.PRUNED)
     page = page_of(study)
@@ -162,10 +164,30 @@ def test_the_surrogate_is_seen_from_the_best_configuration() -> None:
     assert mean[4, 2] == pytest.approx(posterior.mean.item()) and std[4, 2] ** 2 == pytest.approx(
         posterior.variance.item()
     )
-    assert torch.equal(view.grid("layers"), torch.linspace(0, 1, 6, dtype=torch.float64)) and len(view.grid("lr")) == 25
+    assert np.allclose(view.grid("layers"), np.linspace(0, 1, 6)) and len(view.grid("lr")) == 25
     # The trial itself is known better than what nobody tried.
     column = int(space.parameters["kind"].code(best.params["kind"]))
     assert std[best.params["layers"] - 1, column] == pytest.approx(std.min(), rel=0.5)
+
+
+def test_every_panel_is_drawn() -> None:
+    study, space = study_of(8), Space.from_distributions(DISTRIBUTIONS)
+    observations = observe(study, space)
+    view = View(SurrogateSampler("nngp", space=space).fit(study, space), space, observations, 0, 0)
+    along, over = slices(view, space.names, "value").axes, pairs(view, space.names).axes
+    assert [axes.get_xlabel() for axes in along] == space.names
+    assert all(len(axes.get_lines()) >= 3 for axes in along)  # the mean, the trials, the best
+    assert [len(axes.collections) > 0 for axes in over[:9]] == [
+        row != column for row in range(3) for column in range(3)
+    ]
+    assert len(over) == 11  # and two scales
+    parallel = parallel_coordinates(space, observations, ["value"]).axes[0]
+    assert len(parallel.get_lines()) == 8
+    (heights,) = [line.get_ydata() for line in parallel.get_lines()[:1]]
+    assert heights[1] == pytest.approx((study.trials[0].params["layers"] - 1) / 5)
+    progress = convergence(study).axes[0].get_lines()[1]
+    values = [trial.value for trial in study.trials]
+    assert np.array_equal(progress.get_ydata(), np.minimum.accumulate(np.array(values, dtype=float)))
 
 
 def test_which_study(tmp_path: Path) -> None:
