@@ -220,7 +220,7 @@ def test_so_many_run_at_once(tmp_path: Path) -> None:
     logs = {"logs": tmp_path / "elsewhere", "study_name": "../a study"}
     space = Space({"n": (1, 3)})
     result = run(
-        tmp_path, command, space, num_trials=3, num_workers=3, timeout_per_trial=120, direction="maximize", **logs
+        tmp_path, command, space, num_trials=3, num_workers=3, timeout_per_trial=40, direction="maximize", **logs
     )
     assert sorted(evaluation.x["n"] for evaluation in result.history) == [1, 2, 3] and result.value == 3
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir())[0] == "..%2Fa study-0000"
