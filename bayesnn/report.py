@@ -16,12 +16,14 @@ from bayesnn import metrics, plots
 from bayesnn.predictive import Predictive
 
 Rows = Sequence[Mapping[str, Any]]
+Tables = Mapping[str, tuple[Rows, Sequence[str]]]
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: 0.3rem 1rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
+.table { overflow-x: auto; }
 img { max-width: 100%; }
 """
 
@@ -78,20 +80,27 @@ def regret(best_so_far: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def html(title: str, tables: Mapping[str, tuple[Rows, Sequence[str]]], figures: Mapping[str, Figure]) -> str:
-    """One HTML page without any reference outside itself: headed tables with remarks, then headed pictures."""
-    parts = [f"<h1>{html_escape.escape(title)}</h1>"]
-    for heading, (rows, remarks) in tables.items():
-        parts.append(f"<h2>{html_escape.escape(heading)}</h2>{_html_table(rows)}")
-        parts += [f"<p>{html_escape.escape(remark)}</p>" for remark in remarks]
+def html(title: str, tables: Tables, figures: Mapping[str, Figure], appendix: Tables | None = None) -> str:
+    """One HTML page without any reference outside itself: headed tables with remarks, headed pictures, more tables."""
+    parts = [f"<h1>{html_escape.escape(title)}</h1>", *_html_tables(tables)]
     for heading, figure in figures.items():
         picture = _png(figure)
         alternative = html_escape.escape(heading, quote=True)
         parts.append(f'<h2>{alternative}</h2><img alt="{alternative}" src="data:image/png;base64,{picture}">')
+    parts += _html_tables(appendix or {})
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html_escape.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _html_tables(tables: Tables) -> list[str]:
+    parts = []
+    for heading, (rows, remarks) in tables.items():
+        # A wide table scrolls by itself, so that the pictures keep their width.
+        parts.append(f'<h2>{html_escape.escape(heading)}</h2><div class="table">{_html_table(rows)}</div>')
+        parts += [f"<p>{html_escape.escape(remark)}</p>" for remark in remarks]
+    return parts
 
 
 def _html_table(rows: Rows) -> str:

@@ -1,14 +1,22 @@
 """The command line, as a user types it."""
 
 import json
+import os
+import re
+import signal
+import sys
+import types
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from bayesnn import surrogates
+from bayesnn.bo.space_file import read_space
 from bayesnn.cli import app
+from bayesnn.cli.search import stop_signals
 
 runner = CliRunner()
 
@@ -122,3 +130,72 @@ def test_predict_minds_the_models_columns_only(csv, table, tmp_path):
         new.to_csv(path, index=False)
         result = invoke("predict", model, path, "--output", tmp_path / "out.csv")
         assert result.exit_code == 2 and message in result.output
+
+
+@pytest.mark.parametrize(
+    "space, command, message",
+    [
+        ("x = [16, 32, 64]", "python {x}", "x begins with two numbers"),
+        ("x = [0.0, 1.0]", "python {y}", "places for y, which the space doesn't have"),
+        (None, "python {x}", "No such file"),
+    ],
+)
+def test_optimize_refuses_before_any_work(tmp_path, space, command, message):
+    if space is not None:
+        (tmp_path / "space.toml").write_text(space)
+    arguments = ("--command", command, "--metric", "loss", "--storage", tmp_path / "study.db")
+    result = invoke("optimize", "--space", tmp_path / "space.toml", *arguments)
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "study.db").exists()
+
+
+def test_optimize_says_when_nothing_succeeds(tmp_path):
+    (tmp_path / "space.toml").write_text("x = [0.0, 1.0]")
+    command = f"'{sys.executable}' -S -I -c pass {{x}}"
+    arguments = ("--command", command, "--metric", "loss", "--storage", tmp_path / "study.db", "--trials", 1)
+    result = invoke("optimize", "--space", tmp_path / "space.toml", *arguments)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "no evaluation succeeded, 1 failed; the last one: it printed no line of JSON" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_scheduler_stops_optimize_as_ctrl_c_does():
+    with stop_signals(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_example_of_optimize_is_a_space(tmp_path):
+    """What --help shows can be copied."""
+    lines = invoke("optimize", "--help").output.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.strip() == "space.toml:")
+    (tmp_path / "space.toml").write_text("\n".join(lines[start + 1 : lines.index("", start)]))
+    space = read_space(tmp_path / "space.toml")
+    assert space.names == ["lr", "layers", "optimizer", "batch_size", "width"]
+    command = next(line for line in lines if "--command" in line and "python" in line)
+    assert re.findall(r"\{(\w+)\}", command) == space.names
+
+
+def test_report(tmp_path):
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}", study_name="mine")
+    study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    result = invoke("report", tmp_path / "study.db", "--output", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "<h1>Study mine</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    result = invoke("report", tmp_path / "study.db", "--study-name", "yours", "--output", tmp_path / "page.html")
+    assert result.exit_code == 2 and "it has 'mine'" in result.output
+
+
+def test_dashboard(tmp_path, monkeypatch):
+    calls = []
+    module = types.ModuleType("optuna_dashboard")
+    module.run_server = lambda storage, **settings: calls.append((storage, settings))
+    monkeypatch.setitem(sys.modules, "optuna_dashboard", module)
+    assert invoke("dashboard", tmp_path / "study.db").exit_code == 2
+    optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}", study_name="mine")
+    assert invoke("dashboard", tmp_path / "study.db", "--port", 9000).exit_code == 0
+    ((storage, settings),) = calls
+    assert optuna.get_all_study_names(storage) == ["mine"] and settings == {"host": "127.0.0.1", "port": 9000}
+    monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
+    missing = invoke("dashboard", tmp_path / "study.db")
+    assert missing.exit_code == 2 and 'pip install "bayesnn[dashboard]"' in missing.output

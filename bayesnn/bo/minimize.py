@@ -96,6 +96,11 @@ def maximize(
     return _optimize("maximize", f, space, num_trials, search, (storage, study_name), trials)
 
 
+def startup_for(num_trials: int) -> int:
+    """How many of so many trials come before the surrogate, by default."""
+    return min(10, max(3, num_trials // 3))
+
+
 def _optimize(
     direction: Direction,
     f: Objective,
@@ -116,7 +121,7 @@ def _optimize(
     if not isinstance(catch, tuple) or not all(isinstance(e, type) and issubclass(e, Exception) for e in catch):
         raise TypeError(f"catch must be a tuple of exception classes, found {catch!r}")
     if search["num_startup"] is None:
-        search["num_startup"] = min(10, max(3, num_trials // 3))
+        search["num_startup"] = startup_for(num_trials)
     sampler = SurrogateSampler(space=space, **search)
     with quiet_optuna():
         study = open_study(direction, space, sampler, *kept)

@@ -6,11 +6,13 @@ import os
 import socket
 import sqlite3
 import warnings
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.study import Study
@@ -85,7 +87,35 @@ def _check_file(path: Path) -> None:
 
 def sign(trial: optuna.Trial) -> None:
     """Write into a trial which process runs it."""
-    trial.set_user_attr("process", {"host": socket.gethostname(), "pid": os.getpid()})
+    trial.set_user_attr("process", _signature())
+
+
+def _signature() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def begin(study: Study, distributions: Mapping[str, BaseDistribution]) -> optuna.Trial:
+    """Ask for the next trial, signed before it runs: a process killed while it suggests leaves an orphan that is found."""
+    waiting = [TrialState.WAITING]
+    if not study.get_trials(deepcopy=False, states=waiting):
+        study.add_trial(optuna.create_trial(state=TrialState.WAITING))
+    for queued in study.get_trials(deepcopy=False, states=waiting):
+        study._storage.set_trial_user_attr(queued._trial_id, "process", _signature())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Heartbeat of storage")
+        trial = study.ask(dict(distributions))
+    sign(trial)  # once more, in case another process signed it in between
+    return trial
+
+
+def release_own(study: Study) -> None:
+    """Release every running trial that bears this process's signature.
+
+    At the start of a process that is what a killed one with the same number has left behind, as containers have it.
+    """
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        if trial.user_attrs.get("process") == _signature():
+            release(study, trial.number)
 
 
 def requeue_orphans(study: Study) -> None:
@@ -109,14 +139,14 @@ def release(study: Study, number: int) -> None:
             study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
         except UpdateFinishedTrialError:  # another process was faster
             return
-    elif trial.state is not TrialState.FAIL or "failure" in trial.user_attrs:
+    elif trial.state is not TrialState.FAIL:
         return
     requeue(study, trial)
 
 
 def requeue(study: Study, trial: FrozenTrial) -> None:
-    """Queue a trial's configuration again, unless that has been done often enough."""
-    if num_retries(trial) >= MAX_RETRIES:
+    """Queue a trial's configuration again, unless it had failed by itself or that has been done often enough."""
+    if "failure" in trial.user_attrs or num_retries(trial) >= MAX_RETRIES:
         return
     history = [*trial.system_attrs.get("retry_history", []), trial.number]
     study.add_trial(

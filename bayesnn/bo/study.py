@@ -110,7 +110,7 @@ def run_trials(
     if wanted < num_trials:
         message = f"the space has only {wanted} configurations: there will be no {num_trials} trials"
         warnings.warn(message, BayesnnWarning, stacklevel=4)
-    begun = _num_begun(study)
+    begun = num_begun(study)
     if begun >= wanted:
         return
     bar = tqdm(total=wanted, initial=begun, disable=not progress, unit="trial")
@@ -125,7 +125,7 @@ def run_trials(
         bar.update()
         if is_evaluation(trial) and trial.value is not None:
             bar.set_postfix(best=f"{study.best_value:.6g}")
-        if _num_begun(study) >= wanted:
+        if num_begun(study) >= wanted:
             study.stop()
 
     try:
@@ -137,7 +137,7 @@ def run_trials(
         raise
 
 
-def _num_begun(study: Study) -> int:
+def num_begun(study: Study) -> int:
     """Evaluations that are there, or under way."""
     return sum(trial.state is TrialState.RUNNING or is_evaluation(trial) for trial in study.get_trials(deepcopy=False))
 

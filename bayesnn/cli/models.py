@@ -1,21 +1,19 @@
-"""The command line: ``bayesnn demo | fit | predict | models | pretrain``."""
+"""The commands about models: ``bayesnn demo | models | fit | pretrain | predict``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import torch
 import typer
-from safetensors import SafetensorError
 
 import bayesnn
 from bayesnn import likelihoods, metrics
 from bayesnn.bnn import BNN
+from bayesnn.cli.errors import one_line_errors
 from bayesnn.demo import run_demo
 from bayesnn.inference.amortized.pretraining import (
     export as write_network,
@@ -32,39 +30,20 @@ from bayesnn.predictive import ClassPredictive
 from bayesnn.registry import named_model, surrogates
 from bayesnn.report import text_table
 
-app = typer.Typer(
-    help="Models that know what they don't know.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
 CLASSIFIERS = ("ensemble", "hmc", "mean-field")
 TASKS = ("regression", "classification")
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user can mend is told in one line, with exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, KeyError, SafetensorError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-
-
-@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the report and the study.")] = Path("demo-output"),
 ) -> None:
     """Every family on real data, a real tuning run, and a report with pictures."""
     # The demo's tensors are small: a second thread costs more than it brings.
     torch.set_num_threads(1)
-    with _one_line_errors():
+    with one_line_errors():
         run_demo(output, log=typer.echo)
 
 
-@app.command()
 def models() -> None:
     """The names of the models."""
     for name in surrogates():
@@ -74,7 +53,6 @@ def models() -> None:
         typer.echo(f"{name:12} {(described.__doc__ or '').strip().splitlines()[0]}")
 
 
-@app.command()
 def fit(
     data: Annotated[Path, typer.Argument(help="CSV file with a header.")],
     target: Annotated[str, typer.Option(help="Column to predict; all others are inputs.")],
@@ -85,7 +63,7 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of the split and the fit.")] = 0,
 ) -> None:
     """Fit a model to a CSV file: scores on a held-out fifth, then a fit to all rows, saved."""
-    with _one_line_errors():
+    with one_line_errors():
         if task not in TASKS:
             raise ValueError(f"--task must be one of {', '.join(TASKS)}, found {task!r}")
         if output.suffix != ".safetensors":  # else the file of the columns could take the model's place
@@ -127,7 +105,6 @@ def fit(
         typer.echo(f"fitted to all rows and saved: {output} (columns in {output.with_suffix('.json')})")
 
 
-@app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that ships with the package.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights and the model card.")],
@@ -139,7 +116,7 @@ def pretrain(
     precision: Annotated[str, typer.Option(help="Lightning Fabric's: 32-true, bf16-mixed …")] = "32-true",
 ) -> None:
     """Train a network that answers by one forward pass, by a recipe; interrupted, it goes on from its checkpoint."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen = read_recipe(recipe)
         begin, earlier = (None, "") if start is None else load_start(chosen, start)
         out.mkdir(parents=True, exist_ok=True)
@@ -172,7 +149,6 @@ def pretrain(
         typer.echo(f"{out / chosen.name}.safetensors: {card['num_parameters']} parameters, {num_steps} steps")
 
 
-@app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="File that `bayesnn fit` wrote.")],
     data: Annotated[Path, typer.Argument(help="CSV file with the same input columns.")],
@@ -180,7 +156,7 @@ def predict(
     level: Annotated[float, typer.Option(help="Probability of the interval.")] = 0.9,
 ) -> None:
     """Predict the rows of a CSV file: mean, standard deviation and interval, or class probabilities."""
-    with _one_line_errors():
+    with one_line_errors():
         if not 0 < level < 1:
             raise ValueError(f"--level must lie strictly between 0 and 1, found {level}")
         fitted = bayesnn.load(model)
