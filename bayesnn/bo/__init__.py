@@ -1,5 +1,6 @@
 """Bayesian optimisation: any model of this library decides what to try next."""
 
+from bayesnn.bo.ask import ask
 from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.bandit import NeuralBandit
 from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement, probability_of_improvement, quantile
@@ -29,6 +30,7 @@ __all__ = [
     "SpaceExhaustedError",
     "SurrogateSampler",
     "When",
+    "ask",
     "fast_cb",
     "log_expected_improvement",
     "maximize",

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
+from bayesnn.bo.observations import Observations
 from bayesnn.bo.parameters import Categorical, Parameter, all_codes
-from bayesnn.bo.sampler import Observations
 from bayesnn.bo.space import FEW_VALUES, Space
 from bayesnn.plots import EPISTEMIC, NEUTRAL, OBSERVED, TOTAL
 

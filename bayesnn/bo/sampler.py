@@ -21,9 +21,11 @@ from torch import Tensor
 
 from bayesnn.bo.acquisition import NAMES, Name
 from bayesnn.bo.auto import AutoSurrogate
+from bayesnn.bo.observations import Observations, observe
+from bayesnn.bo.optimise import SpaceExhaustedError, seen
 from bayesnn.bo.outcomes import Direction, Limit, outcomes_of
-from bayesnn.bo.space import Space
-from bayesnn.bo.suggest import propose
+from bayesnn.bo.space import Configuration, Space
+from bayesnn.bo.suggest import Proposal, propose
 from bayesnn.data import BayesnnWarning
 from bayesnn.model import Model
 from bayesnn.registry import surrogate as surrogate_by_name
@@ -32,22 +34,14 @@ FitFunction = Callable[[Tensor, Tensor], BotorchModel]
 Surrogate = str | Model | FitFunction
 
 
-class Observations(NamedTuple):
-    """A study's trials in a space, by what they tell a surrogate.
+FALLBACK = "gp"  # where a surrogate can't answer
 
-    Fields:
-        codes: of the finished trials (n, d).
-        values: their objectives, and then their constraints (n, m + c).
-        constraints: the names of the constraints, which are kept where the value is at most 0.
-        pending: codes of the running trials, and of the pruned ones: what is close to them promises nothing.
-        failed: codes of the trials that failed, or whose value isn't finite.
-    """
 
-    codes: Tensor
-    values: Tensor
-    constraints: tuple[str, ...]
-    pending: Tensor
-    failed: Tensor
+class Answer(NamedTuple):
+    """What to try, and how that was found: the trial's record."""
+
+    configuration: Configuration
+    record: dict[str, Any]
 
 
 class SurrogateSampler(BaseSampler):
@@ -64,8 +58,8 @@ class SurrogateSampler(BaseSampler):
     What was done is kept with each trial, as user attributes: ``sampler`` ("sobol" or "surrogate"), ``surrogate`` (for
     "auto": the chosen one, with ``surrogate_scores`` and, of how many rows they are, ``surrogate_scored_on``),
     ``fit_seconds``, ``suggest_seconds``, ``acquisition`` and ``acquisition_value``, ``num_observed``, ``num_pending``,
-    ``num_failed``, ``independent`` (the parameters drawn by themselves) and, where the surrogate couldn't answer,
-    ``fallback`` with the reason; that is also a warning.
+    ``num_failed``, ``independent`` (the parameters drawn by themselves) and, where the surrogate couldn't answer and a
+    Gaussian process or the Sobol sequence took its place, ``fallback`` with the reason; that is also a warning.
 
     Args:
         surrogate: a name among ``bayesnn.surrogates()``; or "auto", the one of several that predicts best
@@ -134,34 +128,10 @@ class SurrogateSampler(BaseSampler):
         """The next configuration, jointly over the parameters of ``search_space``."""
         if not search_space:
             return {}
-        start = time.perf_counter()
         space = Space.from_distributions(search_space) if self.space is None else self.space
-        observations = observe(study, space, exclude=trial.number)
-        record: dict[str, Any] = {
-            "sampler": "surrogate",
-            "num_observed": len(observations.codes),
-            "num_pending": len(observations.pending),
-            "num_failed": len(observations.failed),
-        }
-        if len(observations.codes) < self.num_startup:
-            record["sampler"], code = "sobol", self._sobol(space, observations, trial)
-        else:
-            try:
-                code = self._propose(study, trial, space, observations, record)
-                if isinstance(self._fit, AutoSurrogate):
-                    record |= self._fit.record(space.encode(observations.codes), observations.values)
-            except Exception as error:
-                record |= {"sampler": "sobol", "fallback": f"{type(error).__name__}: {error}"}
-                warnings.warn(
-                    f"trial {trial.number} comes from a Sobol sequence, because the surrogate {self.surrogate_name!r} "
-                    f"couldn't answer: {record['fallback']}",
-                    BayesnnWarning,
-                    stacklevel=2,
-                )
-                code = self._sobol(space, observations, trial)
-        record["suggest_seconds"] = round(time.perf_counter() - start, 6)
-        _write(study, trial, record)
-        return space.configurations(code)[0]
+        (answer,) = self.answers(study, space, trial.number, 1)
+        _write(study, trial, answer.record)
+        return answer.configuration
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -196,94 +166,117 @@ class SurrogateSampler(BaseSampler):
         observations = observe(study, space)
         if not len(observations.codes):
             raise ValueError("no trial of this study has finished with a finite value, so there is nothing to fit")
-        return self._fitted(space, observations, self.seed)
+        return self._fitted(space, observations, self.seed, self._fit)
 
-    def _fitted(self, space: Space, observations: Observations, seed: int) -> BotorchModel:
+    def _fitted(
+        self,
+        space: Space,
+        observations: Observations,
+        seed: int,
+        fit: Callable[[Tensor, Tensor, int], BotorchModel],
+    ) -> BotorchModel:
         with warnings.catch_warnings():
             # A category that hasn't been tried yet is a constant column, nothing to tell the user about at each trial.
             warnings.filterwarnings("ignore", message="X: column", category=BayesnnWarning)
-            return self._fit(space.encode(observations.codes), observations.values, seed)
+            return fit(space.encode(observations.codes), observations.values, seed)
+
+    def answers(self, study: Study, space: Space, number: int, q: int) -> list[Answer]:
+        """What trial ``number`` and the q - 1 after it should try, jointly, and how that was found.
+
+        The surrogate is asked first, then BoTorch's Gaussian process, then the Sobol sequence.
+        """
+        start = time.perf_counter()
+        observations = observe(study, space, exclude=number)
+        record: dict[str, Any] = {
+            "num_observed": len(observations.codes),
+            "num_pending": len(observations.pending),
+            "num_failed": len(observations.failed),
+        }
+        found = None
+        if len(observations.codes) >= self.num_startup:
+            found = self._by_surrogate(study, space, observations, number, q, record)
+        if found is None:
+            record["sampler"] = "sobol"
+            codes, records = self._sobol(space, observations, number, q), [dict(record) for _ in range(q)]
+        else:
+            record["sampler"] = "surrogate"
+            codes = found.codes
+            records = [
+                record | {"acquisition": found.acquisition, "acquisition_value": value} for value in found.values
+            ]
+        seconds = round((time.perf_counter() - start) / q, 6)
+        configurations = space.configurations(codes)
+        return [
+            Answer(configuration, each | {"suggest_seconds": seconds})
+            for configuration, each in zip(configurations, records, strict=True)
+        ]
+
+    def _by_surrogate(
+        self, study: Study, space: Space, observations: Observations, number: int, q: int, record: dict[str, Any]
+    ) -> Proposal | None:
+        fitters = {self.surrogate_name: self._fit, FALLBACK: _fitter(FALLBACK)[1]}
+        for name, fit in fitters.items():
+            record["surrogate"] = name
+            try:
+                return self._propose(fit, study, space, observations, number, q, record)
+            except SpaceExhaustedError as error:  # another surrogate won't find more
+                self._give_up(number, name, error, record)
+                return None
+            except Exception as error:
+                self._give_up(number, name, error, record)
+        return None
+
+    def _give_up(self, number: int, name: str, error: Exception, record: dict[str, Any]) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        record["fallback"] = f"{record['fallback']}; {name}: {reason}" if "fallback" in record else f"{name}: {reason}"
+        warnings.warn(
+            f"trial {number} is suggested by something simpler, because the surrogate {name!r} couldn't answer: {reason}",
+            BayesnnWarning,
+            stacklevel=2,
+        )
 
     def _propose(
-        self, study: Study, trial: FrozenTrial, space: Space, observations: Observations, record: dict[str, Any]
-    ) -> Tensor:
-        seed = _seed(self.seed, trial.number)
-        record["surrogate"] = self.surrogate_name
+        self,
+        fit: Callable[[Tensor, Tensor, int], BotorchModel],
+        study: Study,
+        space: Space,
+        observations: Observations,
+        number: int,
+        q: int,
+        record: dict[str, Any],
+    ) -> Proposal:
+        seed = _seed(self.seed, number)
         start = time.perf_counter()
-        model = self._fitted(space, observations, seed)
+        model = self._fitted(space, observations, seed, fit)
         record["fit_seconds"] = round(time.perf_counter() - start, 6)
+        if isinstance(fit, AutoSurrogate):
+            record |= fit.record(space.encode(observations.codes), observations.values)
         num_objectives = len(study.directions)
         limits: dict[int, Limit] = {num_objectives + k: ("<=", 0.0) for k in range(len(observations.constraints))}
         directions: list[Direction] = [
             "maximize" if direction is StudyDirection.MAXIMIZE else "minimize" for direction in study.directions
         ]
-        proposal = propose(
+        return propose(
             model,
             space,
-            1,
+            q,
             outcomes=outcomes_of(model.num_outputs, directions, limits),
             pending=observations.pending,
             failed=observations.failed,
             seed=seed,
             **self.search,
         )
-        record |= {"acquisition": proposal.acquisition, "acquisition_value": proposal.values[0]}
-        return proposal.codes
 
-    def _sobol(self, space: Space, observations: Observations, trial: FrozenTrial) -> Tensor:
-        """The trial's own point of the sequence or, where that is known already, the first later one that isn't."""
+    def _sobol(self, space: Space, observations: Observations, number: int, q: int) -> Tensor:
+        """Each trial's own point of the sequence or, where that is known already, the first later one that isn't."""
         known = torch.cat([observations.codes, observations.pending, observations.failed])
-        points = space.sobol(64 if space.size < float("inf") else 1, self.seed, skip=trial.number)
-        distance = (points.unsqueeze(1) - known).abs().amax(-1)
-        new = points[(distance > 1e-9).all(-1)] if len(known) else points
-        return new[:1] if len(new) else points[:1]
-
-
-def observe(study: Study, space: Space, exclude: int | None = None) -> Observations:
-    """What a study's trials say about a space; trials that lie outside it are left out.
-
-    Args:
-        study: the study.
-        space: the space.
-        exclude: the number of a trial to leave out, the one that is being started.
-    """
-    trials = study.get_trials(deepcopy=False)
-    succeeded = [trial for trial in trials if _has_values(trial)]
-    constraints = tuple(sorted(set.intersection(*(set(trial.constraints) for trial in succeeded)) if succeeded else ()))
-    # A trial that was cut off failed by no fault of its configuration, which has been queued again.
-    cut_off = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
-    rows: dict[str, list[Tensor]] = {"finished": [], "pending": [], "failed": []}
-    values: list[Sequence[float]] = []
-    for trial in trials:
-        code = _code(trial, space)
-        if trial.number == exclude or code is None or trial.number in cut_off:
-            continue
-        if trial.state in (TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED):
-            rows["pending"].append(code)
-        elif _has_values(trial):
-            rows["finished"].append(code)
-            values.append([*trial.values, *(trial.constraints[name] for name in constraints)])
-        else:
-            rows["failed"].append(code)
-    finished, pending, failed = (_stack(rows[kind], len(space.parameters)) for kind in rows)
-    width = len(study.directions) + len(constraints)
-    return Observations(finished, _stack(values, width), constraints, pending, failed)
-
-
-def _has_values(trial: FrozenTrial) -> bool:
-    return trial.state is TrialState.COMPLETE and bool(np.isfinite(trial.values).all())
-
-
-def _code(trial: FrozenTrial, space: Space) -> Tensor | None:
-    try:
-        return space.codes([{name: value for name, value in trial.params.items() if name in space.parameters}])[0]
-    except ValueError:  # a parameter is missing, or the trial's own range was another one
-        return None
-
-
-def _stack(rows: Sequence[Any], width: int) -> Tensor:
-    tensors = [torch.as_tensor(row, dtype=torch.float64) for row in rows]
-    return torch.stack(tensors) if tensors else torch.empty(0, width, dtype=torch.float64)
+        chosen = known[:0]
+        for index in range(q):
+            taken = torch.cat([known, chosen])
+            points = space.sobol(64 if space.size < float("inf") else 1, self.seed, skip=number + index)
+            new = points[~seen(points, taken)] if len(taken) else points
+            chosen = torch.cat([chosen, (new if len(new) else points)[:1]])
+        return chosen
 
 
 def _fitter(surrogate: Any) -> tuple[str, Callable[[Tensor, Tensor, int], BotorchModel]]:

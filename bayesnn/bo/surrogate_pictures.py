@@ -11,9 +11,9 @@ from botorch.models.model import Model as BotorchModel
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from bayesnn.bo.observations import Observations
 from bayesnn.bo.parameters import Categorical, Parameter, all_codes
 from bayesnn.bo.pictures import COLORS, label, ticks
-from bayesnn.bo.sampler import Observations
 from bayesnn.bo.space import Space
 from bayesnn.plots import EPISTEMIC, OBSERVED, TOTAL
 

@@ -14,9 +14,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from bayesnn.bo import Space, SurrogateSampler
+from bayesnn.bo.observations import observe
 from bayesnn.bo.pictures import convergence, parallel_coordinates
 from bayesnn.bo.report import load_study, study_page
-from bayesnn.bo.sampler import observe
 from bayesnn.bo.surrogate_pictures import View, pairs, slices
 
 DISTRIBUTIONS = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayesnn import BNN, BayesnnWarning
 from bayesnn.bo import Space, SurrogateSampler, When
-from bayesnn.bo.sampler import observe
+from bayesnn.bo.observations import observe
 from bayesnn.inference import DeepEnsemble
 
 DEFINITION = {"x": (0.0, 1.0), "n": (1, 5), "kind": ["a", "b"]}
@@ -151,16 +151,28 @@ def test_failed_pruned_and_infinite_trials_are_not_fitted_and_not_repeated() -> 
     assert "num_failed" in study.trials[-1].user_attrs
 
 
-def test_a_surrogate_that_fails_is_replaced_visibly() -> None:
+def test_a_surrogate_that_fails_is_replaced_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(X: Tensor, Y: Tensor) -> BotorchModel:
         raise np.linalg.LinAlgError("not positive definite")
 
     study = study_of(SurrogateSampler(broken, num_startup=2, seed=0, space=DEFINITION))
-    with pytest.warns(BayesnnWarning, match="trial 2 comes from a Sobol sequence.*'broken'.*not positive definite"):
+    with pytest.warns(
+        BayesnnWarning, match="trial 2 is suggested by something simpler.*'broken'.*not positive definite"
+    ):
         study.optimize(objective, n_trials=3)
     record = study.trials[-1].user_attrs
-    assert record["sampler"] == "sobol" and record["fallback"] == "LinAlgError: not positive definite"
-    assert study.trials[-1].params == Space(DEFINITION).configurations(Space(DEFINITION).sobol(3, seed=0))[2]
+    assert record["sampler"] == "surrogate" and record["surrogate"] == "gp" and record["acquisition"] == "lognei"
+    assert record["fallback"] == "broken: LinAlgError: not positive definite"
+    # Neither does the Gaussian process answer.
+    monkeypatch.setattr("bayesnn.bo.sampler.FALLBACK", "nngp")
+    monkeypatch.setattr("bayesnn.processes.NNGP.fit", broken)
+    with pytest.warns(BayesnnWarning, match="'nngp'"):
+        study.optimize(objective, n_trials=1)
+    record = study.trials[-1].user_attrs
+    assert record["sampler"] == "sobol" and record["fallback"].startswith(
+        "broken: LinAlgError: not positive definite; nngp: "
+    )
+    assert study.trials[-1].params == Space(DEFINITION).configurations(Space(DEFINITION).sobol(4, seed=0))[3]
 
 
 def test_an_exhausted_space_is_said_to_be() -> None:
