@@ -41,7 +41,7 @@ NUM_QUERIES = 40
 GP_SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 100)
 BO_SIZES = (5, 10, 20, 50, 100)
 MOST_DRAWS, TRIAL_DRAWS, IMPORTANCE_BATCH, ENOUGH = 200_000, 3000, 1000, 1000
-EFFORT = (128, 300)  # chains of a population and sweeps of each
+EFFORT = (48, 300)  # chains of a population and sweeps of each
 NUM_OBJECTIVES = 50  # that can be asked for at each n
 SEED = 123  # of tasks that no training has seen: trainings draw theirs from other seeds
 
@@ -241,7 +241,7 @@ def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description="Gaps to the exact posterior predictive.")
     parser.add_argument("--quick", action="store_true", help="few tasks")
-    parser.add_argument("--objectives", type=int, default=20, help="for each n, at most 50")
+    parser.add_argument("--objectives", type=int, default=10, help="for each n, at most 50")
     parser.add_argument("--jobs", type=int, default=1, help="objectives at once, each with one thread")
     parser.add_argument("--networks", nargs="+", choices=("gp-small", "bo"), default=("gp-small", "bo"))
     options = parser.parse_args()
