@@ -45,7 +45,8 @@ class Command:
     """A command line with places for the parameters of a space.
 
     It is split as a shell would split it, but no shell runs it: each place ``{name}`` is filled within its one argument,
-    whatever the value. Numbers are written in full, booleans as true and false; ``{{`` and ``}}`` stand for braces.
+    whatever the value. Numbers are written in full, booleans as true and false; ``{{`` and ``}}`` stand for braces. An
+    argument with a place for a parameter that a configuration doesn't have is left out: write ``--momentum={momentum}``.
 
     Args:
         text: the command line.
@@ -88,7 +89,8 @@ class Command:
         def fill(match: re.Match[str]) -> str:
             return "{" if match["open"] else "}" if match["close"] else _text(x[match["name"]])
 
-        return [_PLACE.sub(fill, word) for word in self.words]
+        named = {word: {match["name"] for match in _PLACE.finditer(word)} - {None} for word in self.words}
+        return [_PLACE.sub(fill, word) for word in self.words if named[word] <= set(x)]
 
 
 def _text(value: Any) -> str:

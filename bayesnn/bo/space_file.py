@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from bayesnn.bo.parameters import Ordinal, When
 from bayesnn.bo.space import Space
 
 FORMS = '[low, high], [low, high, "log"], an array of choices, or a table of low and high (and log) or of choices'
@@ -16,7 +17,8 @@ def read_space(path: str | Path) -> Space:
 
     A parameter is an array or a table. An array that begins with two numbers is a range, both ends included: whole
     numbers if both ends are written as such, on the log scale if it ends in "log"; any other array lists choices. A
-    table says the same by name; choices that are numbers need it.
+    table says the same by name; choices that are numbers need it. In a table, ``ordered = true`` gives choices an order, and
+    ``when`` names the values of one parameter before it under which this one exists.
 
     Args:
         path: the file.
@@ -36,6 +38,11 @@ def read_space(path: str | Path) -> Space:
         ... low = 16
         ... high = 512
         ... log = true
+        ...
+        ... [momentum]
+        ... low = 0.0
+        ... high = 0.99
+        ... when = { optimizer = ["sgd"] }
         ... ''')
         >>> space = read_space("space.toml")
     """
@@ -58,16 +65,33 @@ def _form(name: str, entry: Any) -> Any:
         return _array(name, entry)
     if not isinstance(entry, dict):
         raise ValueError(f"{name} must be {FORMS}, found {entry!r}")
+    if "when" not in entry:
+        return _table(name, entry)
+    condition = entry["when"]
+    if not isinstance(condition, dict):
+        raise ValueError(f"when of {name} must be a table, as in when = {{ kind = [1] }}, found {condition!r}")
+    try:
+        return When(_table(name, {key: value for key, value in entry.items() if key != "when"}), **condition)
+    except ValueError as error:
+        raise ValueError(f"when of {name} makes no sense: {error}") from None
+
+
+def _table(name: str, entry: dict[str, Any]) -> Any:
     if "choices" in entry:
-        _require_keys(name, entry, {"choices"}, set())
+        _require_keys(name, entry, {"choices"}, {"ordered"})
         if not isinstance(entry["choices"], list):
             raise ValueError(f"the choices of {name} must be an array, found {entry['choices']!r}")
-        return entry["choices"]
+        return Ordinal(entry["choices"]) if _flag(name, entry, "ordered") else entry["choices"]
     _require_keys(name, entry, {"low", "high"}, {"log"})
-    log = entry.get("log", False)
-    if not isinstance(log, bool):
-        raise ValueError(f"log of {name} must be true or false, found {log!r}")
+    log = _flag(name, entry, "log")
     return (entry["low"], entry["high"], "log") if log else (entry["low"], entry["high"])
+
+
+def _flag(name: str, entry: dict[str, Any], key: str) -> bool:
+    value = entry.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} of {name} must be true or false, found {value!r}")
+    return value
 
 
 def _array(name: str, entry: list[Any]) -> list[Any] | tuple[Any, ...]:

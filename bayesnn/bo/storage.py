@@ -6,13 +6,11 @@ import os
 import socket
 import sqlite3
 import warnings
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.study import Study
@@ -94,7 +92,7 @@ def _signature() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
-def begin(study: Study, distributions: Mapping[str, BaseDistribution]) -> optuna.Trial:
+def begin(study: Study) -> optuna.Trial:
     """Ask for the next trial, signed before it runs: a process killed while it suggests leaves an orphan that is found."""
     waiting = [TrialState.WAITING]
     if not study.get_trials(deepcopy=False, states=waiting):
@@ -103,7 +101,7 @@ def begin(study: Study, distributions: Mapping[str, BaseDistribution]) -> optuna
         study._storage.set_trial_user_attr(queued._trial_id, "process", _signature())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Heartbeat of storage")
-        trial = study.ask(dict(distributions))
+        trial = study.ask()
     sign(trial)  # once more, in case another process signed it in between
     return trial
 

@@ -119,7 +119,7 @@ def run_trials(
     def objective(trial: optuna.Trial) -> float:
         running[:] = [trial.number]
         sign(trial)
-        return _evaluate(f, _ask(trial, space), trial, catch)
+        return _evaluate(f, configuration_of(trial, space), trial, catch)
 
     def after(study: Study, trial: FrozenTrial) -> None:
         bar.update()
@@ -142,7 +142,8 @@ def num_begun(study: Study) -> int:
     return sum(trial.state is TrialState.RUNNING or is_evaluation(trial) for trial in study.get_trials(deepcopy=False))
 
 
-def _ask(trial: optuna.Trial, space: Space) -> Configuration:
+def configuration_of(trial: optuna.Trial, space: Space) -> Configuration:
+    """What a trial is to try: the parameters that exist, suggested by the study's sampler."""
     configuration: Configuration = {}
     for name, parameter in space.parameters.items():
         if not space.exists(name, configuration):

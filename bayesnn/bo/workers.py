@@ -19,7 +19,7 @@ from bayesnn.bo.result import Result, is_evaluation, result_of
 from bayesnn.bo.sampler import Surrogate, SurrogateSampler
 from bayesnn.bo.space import Space
 from bayesnn.bo.storage import HEARTBEAT_SECONDS, begin, release_own, requeue_orphans
-from bayesnn.bo.study import num_begun, open_study, quiet_optuna
+from bayesnn.bo.study import configuration_of, num_begun, open_study, quiet_optuna
 from bayesnn.bo.suggest import Direction
 
 
@@ -107,9 +107,9 @@ def _run_trials(
             while True:
                 requeue_orphans(study)
                 while len(running) < num_workers and num_begun(study) < wanted:
-                    trial = begin(study, space.distributions())
+                    trial = begin(study)
                     place = folder / f"{quote(study.study_name, safe=' ')}-{trial.number:04d}"
-                    running[pool.submit(runner.run, trial.params, place)] = trial
+                    running[pool.submit(runner.run, configuration_of(trial, space), place)] = trial
                 if not running:
                     return
                 finished, _ = wait(running, timeout=HEARTBEAT_SECONDS, return_when=FIRST_COMPLETED)

@@ -19,10 +19,11 @@ import pytest
 from typer.testing import CliRunner
 
 from bayesnn import BayesnnWarning
-from bayesnn.bo import Space
+from bayesnn.bo import Space, When
 from bayesnn.bo.command import Command, Runner
 from bayesnn.bo.result import is_evaluation
 from bayesnn.bo.storage import begin, open_storage, release_own, requeue_orphans
+from bayesnn.bo.study import configuration_of
 from bayesnn.bo.workers import optimize_command
 from bayesnn.cli import app
 
@@ -46,6 +47,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
 # The command line -------------------------------------------------------------------------------------------------------
 
 SPACE = Space({"lr": (1e-5, 1e-1, "log"), "width": (1, 64), "kind": ["a b", "$(rm) 'x"], "flag": [True, False]})
+
+
+def test_a_parameter_that_does_not_exist_takes_its_argument_with_it() -> None:
+    space = Space({"kind": ["a", "b"], "rate": When((0.0, 1.0), kind="b")})
+    command = Command("echo {kind} --rate={rate} end", space)
+    assert command.arguments({"kind": "b", "rate": 0.5}) == ["echo", "b", "--rate=0.5", "end"]
+    assert command.arguments({"kind": "a"}) == ["echo", "a", "end"]
 
 
 def test_values_stay_within_their_argument() -> None:
@@ -295,13 +303,13 @@ def test_a_process_killed_while_it_suggests_is_missed(tmp_path: Path, monkeypatc
     with monkeypatch.context() as context:
         context.setattr("bayesnn.bo.storage.os.getpid", lambda: dead.pid)
         with pytest.raises(KeyboardInterrupt):
-            begin(study, SPACE.distributions())
+            configuration_of(begin(study), SPACE)
     assert [trial.state.name for trial in study.trials] == ["RUNNING"]
     requeue_orphans(study)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
     # A process with the same number takes what it finds for its own.
     with pytest.raises(KeyboardInterrupt):
-        begin(study, SPACE.distributions())
+        configuration_of(begin(study), SPACE)
     requeue_orphans(study)
     assert study.trials[1].state.name == "RUNNING"
     release_own(study)
@@ -310,7 +318,7 @@ def test_a_process_killed_while_it_suggests_is_missed(tmp_path: Path, monkeypatc
 
 def test_a_failure_that_could_not_be_told_is_not_run_again(tmp_path: Path) -> None:
     study = optuna.create_study(study_name="bayesnn", storage=open_storage(tmp_path / "study.db"))
-    begin(study, SPACE.distributions()).set_user_attr("failure", "exit code 1")
+    begin(study).set_user_attr("failure", "exit code 1")
     release_own(study)
     assert [is_evaluation(trial) for trial in study.trials] == [True]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bayesnn.bo import Space
+from bayesnn.bo import Ordinal, Space, When
 from bayesnn.bo.space_file import read_space
 
 
@@ -75,6 +75,28 @@ def test_every_form(tmp_path: Path) -> None:
 def test_bad_files_name_the_parameter(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+def test_orders_and_conditions(tmp_path: Path) -> None:
+    text = """
+    size = { choices = ["s", "m", "l"], ordered = true }
+    momentum = { low = 0.0, high = 0.99, when = { size = ["m", "l"] } }
+    """
+    (tmp_path / "space.toml").write_text(text)
+    wanted = Space({"size": Ordinal(["s", "m", "l"]), "momentum": When((0.0, 0.99), size=["m", "l"])})
+    assert read_space(tmp_path / "space.toml") == wanted
+    for wrong, message in [
+        ("x = { low = 0.0, high = 1.0, when = 3 }", "when of x must be a table, as in when = .* found 3"),
+        ("x = { low = 0.0, high = 1.0, when = {} }", "when of x makes no sense: When needs the values of one other"),
+        (
+            'x = { low = 0.0, high = 1.0, when = { y = ["a"] } }',
+            "x depends on 'y', which must be a parameter defined before",
+        ),
+        ('x = { choices = ["a", "b"], ordered = 1 }', "ordered of x must be true or false, found 1"),
+    ]:
+        (tmp_path / "space.toml").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            read_space(tmp_path / "space.toml")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
