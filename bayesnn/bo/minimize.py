@@ -8,6 +8,7 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
+from bayesnn.bo.acquisition import Name
 from bayesnn.bo.outcomes import Direction
 from bayesnn.bo.result import Interrupted, Result, history_of, result_of
 from bayesnn.bo.sampler import Surrogate, SurrogateSampler
@@ -20,6 +21,7 @@ def minimize(
     space: Space | Mapping[str, Any],
     *,
     surrogate: Surrogate = "nngp",
+    acquisition: Name = "auto",
     num_trials: int = 30,
     seed: int = 0,
     storage: str | Path | BaseStorage | None = None,
@@ -43,6 +45,7 @@ def minimize(
         space: the search space, see :class:`Space`.
         surrogate: a name among ``bayesnn.surrogates()``, "auto" for the one of several that predicts best, an unfitted
             model, or a function from features and values to a fitted BoTorch model.
+        acquisition: as in :func:`suggest`.
         num_trials: how many evaluations in total, with those already in the storage. A finite space has no more than its
             configurations.
         seed: of every random draw; the same seed and values give the same configurations.
@@ -70,7 +73,7 @@ def minimize(
         >>> result = minimize(f, {"u": (0.0, 1.0), "n": (1, 10)}, num_trials=30, seed=0, storage="study.db")
         >>> result.x, result.value
     """
-    search = {"surrogate": surrogate, "num_startup": num_startup, "seed": seed}
+    search = {"surrogate": surrogate, "acquisition": acquisition, "num_startup": num_startup, "seed": seed}
     trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch}
     return _optimize("minimize", f, space, num_trials, search, (storage, study_name), trials)
 
@@ -80,6 +83,7 @@ def maximize(
     space: Space | Mapping[str, Any],
     *,
     surrogate: Surrogate = "nngp",
+    acquisition: Name = "auto",
     num_trials: int = 30,
     seed: int = 0,
     storage: str | Path | BaseStorage | None = None,
@@ -91,7 +95,7 @@ def maximize(
     catch: tuple[type[Exception], ...] = (Exception,),
 ) -> Result:
     """Look for the configuration with the highest value; everything else as in :func:`minimize`."""
-    search = {"surrogate": surrogate, "num_startup": num_startup, "seed": seed}
+    search = {"surrogate": surrogate, "acquisition": acquisition, "num_startup": num_startup, "seed": seed}
     trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch}
     return _optimize("maximize", f, space, num_trials, search, (storage, study_name), trials)
 

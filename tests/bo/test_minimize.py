@@ -63,6 +63,13 @@ def test_same_seed_same_configurations() -> None:
     assert [e.x for e in first] == [e.x for e in second] != [e.x for e in other]
 
 
+def test_the_acquisition_function_is_the_callers_choice() -> None:
+    result = minimize(f, SPACE, **options(acquisition="thompson"))
+    assert result.study.trials[-1].user_attrs["acquisition"] == "thompson"
+    with pytest.raises(ValueError, match="acquisition must be one of auto, logei"):
+        minimize(f, SPACE, **options(acquisition="best"))
+
+
 def test_failures_are_reported_and_the_study_goes_on() -> None:
     def fragile(x: dict[str, Any]) -> Any:
         answers = {
