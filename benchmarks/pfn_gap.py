@@ -41,7 +41,7 @@ NUM_QUERIES = 40
 GP_SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 100)
 BO_SIZES = (5, 10, 20, 50, 100)
 MOST_DRAWS, TRIAL_DRAWS, IMPORTANCE_BATCH, ENOUGH = 200_000, 3000, 1000, 1000
-EFFORT = (48, 300)  # chains of a population and sweeps of each
+EFFORT = (128, 300)  # chains of a population and sweeps of each
 NUM_OBJECTIVES = 50  # that can be asked for at each n
 SEED = 123  # of tasks that no training has seen: trainings draw theirs from other seeds
 
