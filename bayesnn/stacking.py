@@ -104,6 +104,11 @@ class Stack(Model):
         return mixture([model.predict(X) for model in self._fitted.values()], self._log_weights)
 
     @property
+    def draws_are_functions(self) -> bool:
+        """Whether a draw's value at a point is the same whatever other points are asked for: of all models."""
+        return all(getattr(model, "draws_are_functions", True) for model in self._fitted.values())
+
+    @property
     def batch_shape(self) -> torch.Size:
         """Empty, or one entry for each set of fantasies."""
         return next(iter(self._fitted.values())).batch_shape if self._fitted else torch.Size([])

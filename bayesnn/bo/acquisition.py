@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -25,6 +25,7 @@ from torch.distributions import Normal
 from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement
 from bayesnn.bo.gaussian_model import GaussianModel
 from bayesnn.bo.knowledge_gradient import KnowledgeGradient
+from bayesnn.bo.optimise import ENUMERABLE, new_codes
 from bayesnn.bo.outcomes import Outcomes, Scales
 from bayesnn.bo.space import Space
 from bayesnn.bo.thompson import ThompsonAtPlaces, ThompsonDraw
@@ -50,6 +51,7 @@ class Setting(NamedTuple):
         model: of codes.
         space: that is searched.
         tried: codes (n, d).
+        avoid: codes that aren't suggested, the tried ones and others, (k, d).
         outcomes: what the outputs mean.
         reference_point: of several objectives, in their own units.
         num_samples: draws of f.
@@ -60,6 +62,7 @@ class Setting(NamedTuple):
     model: BotorchModel
     space: Space
     tried: Tensor
+    avoid: Tensor
     outcomes: Outcomes
     reference_point: tuple[float, ...] | None
     num_samples: int
@@ -67,8 +70,8 @@ class Setting(NamedTuple):
     seed: int
 
 
-def check_acquisition(name: str, outcomes: Outcomes, model: BotorchModel) -> None:
-    """Whether an acquisition function is right for these outcomes and this model.
+def check_acquisition(name: str, outcomes: Outcomes, model: BotorchModel | None = None) -> None:
+    """Whether an acquisition function is right for these outcomes and, if there is one, this model.
 
     Raises:
         ValueError: if there is none of that name, or it isn't.
@@ -84,7 +87,7 @@ def check_acquisition(name: str, outcomes: Outcomes, model: BotorchModel) -> Non
         raise ValueError(f"acquisition must be one of {', '.join(fitting)} for {number} objective(s), found {name!r}")
     if outcomes.limits and name not in WITH_LIMITS:
         raise ValueError(f"acquisition must be one of {', '.join(WITH_LIMITS)} under constraints, found {name!r}")
-    if not draws_are_functions(model) and name not in OF_ANY_DRAWS:
+    if model is not None and not draws_are_functions(model) and name not in OF_ANY_DRAWS:
         raise ValueError(
             f"acquisition must be one of {', '.join(OF_ANY_DRAWS)} for a model whose draws depend on the points asked for, "
             f"found {name!r}"
@@ -93,7 +96,9 @@ def check_acquisition(name: str, outcomes: Outcomes, model: BotorchModel) -> Non
 
 def draws_are_functions(model: BotorchModel) -> bool:
     """Whether a draw's value at a point is the same whatever other points are asked for."""
-    return bool(getattr(model, "draws_are_functions", True))
+    parts = getattr(model, "models", None)
+    own = bool(getattr(model, "draws_are_functions", True))
+    return own and all(draws_are_functions(part) for part in (parts if isinstance(parts, Iterable) else ()))
 
 
 def acquisition(name: str, setting: Setting, q: int, num_pending: int) -> tuple[str, AcquisitionFunction]:
@@ -196,8 +201,13 @@ def _thompson(setting: Setting) -> AcquisitionFunction:
         if isinstance(setting.model.posterior(setting.tried[:1]), FunctionDraws):
             return ThompsonDraw(setting.model, merit, setting.seed)
     best = setting.tried[merit(at.means)[:, 0].argmax()]
-    places = torch.cat([_spread_out(setting, PLACES), _near(setting, best, PLACES)])
-    return ThompsonAtPlaces(setting.model, merit, places.unique(dim=0), setting.seed)
+    if setting.space.size <= ENUMERABLE:
+        rest = new_codes(setting.space.grid(), setting.avoid, setting.space)
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(setting.seed))
+        places = rest[order[: 2 * PLACES]]
+    else:
+        places = torch.cat([_spread_out(setting, PLACES), _near(setting, best, PLACES)]).unique(dim=0)
+    return ThompsonAtPlaces(setting.model, merit, places, setting.seed)
 
 
 def _mes(setting: Setting) -> AcquisitionFunction:

@@ -8,13 +8,15 @@ from optuna.trial import Trial, TrialState
 
 from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
+from bayesnn.bo.study import configuration_of
 from bayesnn.checks import count
 
 
 def ask(study: Study, n: int) -> list[Trial]:
     """Begin n trials whose configurations are suggested as one batch.
 
-    Each is the best given those before it, from one fit of the surrogate. They are in the study as running at once, with their
+    What is queued in the study (``enqueue_trial``, trials that were cut off) comes first. Of the others, each is the best
+    given those before it, from one fit of the surrogate. They are in the study as running at once, with their
     parameters, so that all other workers know of them; evaluate them in any order and ``study.tell(trial, value)``.
 
     Args:
@@ -34,10 +36,11 @@ def ask(study: Study, n: int) -> list[Trial]:
         ...     study.tell(trial, f(trial.params))
     """
     count("n", n)
+    if not isinstance(study, Study):
+        raise TypeError(f"study must be an Optuna study, found {type(study).__name__}")
     sampler = study.sampler
     if not isinstance(sampler, SurrogateSampler):
         raise TypeError(f"study must have a SurrogateSampler, found {type(sampler).__name__}")
-    trials = study.get_trials(deepcopy=False)
     space = sampler.space
     if space is None:
         found = sampler.infer_relative_search_space(study, optuna.create_trial(state=TrialState.RUNNING))
@@ -46,8 +49,14 @@ def ask(study: Study, n: int) -> list[Trial]:
                 "study must have finished trials that show the space, or a sampler that was given it: space=…"
             )
         space = Space.from_distributions(found)
-    begun = []
-    for configuration, record in sampler.answers(study, space, len(trials), n):
+    begun: list[Trial] = []
+    while len(begun) < n and study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        begun.append(study.ask())
+        configuration_of(begun[-1], space)
+    if len(begun) == n:
+        return begun
+    number = len(study.get_trials(deepcopy=False))
+    for configuration, record in sampler.answers(study, space, number, n - len(begun)):
         distributions = space.distributions()
         template = optuna.create_trial(
             state=TrialState.RUNNING,

@@ -215,12 +215,14 @@ def _tensor(name: str, value: Any, shape: tuple[int, ...] | None) -> Tensor:
 def _policy(policy: str | NeuSquareCB | NeuralUCB) -> NeuSquareCB | NeuralUCB:
     if isinstance(policy, (NeuSquareCB, NeuralUCB)):
         return policy
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, or such an object, found {policy!r}")
     return POLICIES[policy]()
 
 
 def _widths(hidden: Sequence[int]) -> list[int]:
+    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+        raise TypeError(f"hidden must be a list of widths, found {hidden!r}")
     widths = [count("hidden", width) for width in hidden]
     if widths and widths[-1] % 2:
         raise ValueError(f"hidden must end with an even width, whose units come in pairs, found {widths}")

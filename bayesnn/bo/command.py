@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,12 @@ class Command:
             )
         if unused:
             raise ValueError(f"command has no place for {', '.join(unused)}: write {{{unused[0]}}} where it belongs")
+        for before, word in pairwise(self.words):
+            name = word[1:-1]
+            if before.startswith("-") and name in space.conditions and word == f"{{{name}}}":
+                raise ValueError(
+                    f"command would leave {before!r} alone where {name} doesn't exist: write {before}={word} in one piece"
+                )
         if not _PLACE.search(self.words[0]) and shutil.which(self.words[0]) is None:
             raise ValueError(f"command: there is no program {self.words[0]!r}")
 

@@ -14,7 +14,7 @@ from bayesnn.likelihoods import Categorical
 from bayesnn.processes import DirichletNNGP
 
 LEAST = 3  # of successes and of failures, before anything is said about where which is likely
-NONNEGATIVE = ("mes", "kg")
+NONNEGATIVE = ("kg",)
 
 
 class SuccessModel:
@@ -50,8 +50,8 @@ class SuccessModel:
 class IfItSucceeds(AcquisitionFunction):
     """An acquisition function times the probability that the candidate gives a value.
 
-    A logarithm gets the logarithm added, and so do an upper confidence bound and a draw, in units of the objective's spread:
-    those can be negative, so that a product would mean nothing.
+    A logarithm gets the logarithm added, and so do information in nats ("mes"), an upper confidence bound and a draw, in units
+    of the objective's spread: those can be negative, so that a product would mean nothing.
 
     Args:
         acquisition: of one candidate, without its pending points (they are set already).

@@ -21,15 +21,19 @@ class Observations(NamedTuple):
         codes: of the finished trials (n, d).
         values: their objectives, and then their constraints (n, m + c).
         constraints: the names of the constraints, which are kept where the value is at most 0.
+        ignored: the names of those that some of the finished trials don't have.
         pending: codes of the running trials, and of the pruned ones: what is close to them promises nothing.
         failed: codes of the trials that failed, or whose value isn't finite.
+        num_outside: how many finished trials lie outside the space.
     """
 
     codes: Tensor
     values: Tensor
     constraints: tuple[str, ...]
+    ignored: tuple[str, ...]
     pending: Tensor
     failed: Tensor
+    num_outside: int
 
 
 def observe(study: Study, space: Space, exclude: int | None = None) -> Observations:
@@ -40,27 +44,31 @@ def observe(study: Study, space: Space, exclude: int | None = None) -> Observati
         space: the space.
         exclude: the number of a trial to leave out, the one that is being started.
     """
-    trials = study.get_trials(deepcopy=False)
-    succeeded = [trial for trial in trials if _has_values(trial)]
-    constraints = tuple(sorted(set.intersection(*(set(trial.constraints) for trial in succeeded)) if succeeded else ()))
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.number != exclude]
     # A trial that was cut off failed by no fault of its configuration, which has been queued again.
     cut_off = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     rows: dict[str, list[Tensor]] = {"finished": [], "pending": [], "failed": []}
-    values: list[Sequence[float]] = []
+    finished, num_outside = [], 0
     for trial in trials:
         code = _code(trial, space)
-        if trial.number == exclude or code is None or trial.number in cut_off:
+        if trial.number in cut_off:
             continue
-        if trial.state in (TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED):
+        if code is None:
+            num_outside += _has_values(trial)
+        elif trial.state in (TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED):
             rows["pending"].append(code)
         elif _has_values(trial):
             rows["finished"].append(code)
-            values.append([*trial.values, *(trial.constraints[name] for name in constraints)])
+            finished.append(trial)
         else:
             rows["failed"].append(code)
-    finished, pending, failed = (_stack(rows[kind], len(space.parameters)) for kind in rows)
+    named = [set(trial.constraints) for trial in finished] or [set[str]()]
+    constraints = tuple(sorted(set.intersection(*named)))
+    ignored = tuple(sorted(set.union(*named) - set(constraints)))
+    values = [[*trial.values, *(trial.constraints[name] for name in constraints)] for trial in finished]
+    codes, pending, failed = (_stack(rows[kind], len(space.parameters)) for kind in rows)
     width = len(study.directions) + len(constraints)
-    return Observations(finished, _stack(values, width), constraints, pending, failed)
+    return Observations(codes, _stack(values, width), constraints, ignored, pending, failed, num_outside)
 
 
 def _has_values(trial: FrozenTrial) -> bool:
@@ -68,8 +76,12 @@ def _has_values(trial: FrozenTrial) -> bool:
 
 
 def _code(trial: FrozenTrial, space: Space) -> Tensor | None:
+    configuration: dict[str, Any] = {}
+    for name in space.names:  # what doesn't exist under the condition doesn't count, though the trial may have it
+        if name in trial.params and space.exists(name, configuration):
+            configuration[name] = trial.params[name]
     try:
-        return space.codes([{name: value for name, value in trial.params.items() if name in space.parameters}])[0]
+        return space.codes([configuration])[0]
     except ValueError:  # a parameter is missing, or the trial's own range was another one
         return None
 

@@ -49,9 +49,9 @@ def maximise(
     """
     choices = getattr(acquisition, "choices", None)
     if choices is not None:
-        return _best(acquisition, _new(choices, avoid, space))
+        return _best(acquisition, new_codes(choices, avoid, space))
     if space.size <= ENUMERABLE:
-        return _best(acquisition, _new(space.grid(), avoid, space))
+        return _best(acquisition, new_codes(space.grid(), avoid, space))
     code: Tensor
     value: Any
     options: dict[str, Any] = {"bounds": space.bounds, "q": 1, "post_processing_func": space.snap}
@@ -73,7 +73,7 @@ def maximise(
         )
     code = space.snap(code)
     if seen(code, avoid).any():  # where nothing promises an improvement, the search may end at a known point
-        return _best(acquisition, _new(space.sobol(max(effort.raw_samples, 2 * len(avoid)), seed), avoid, space))
+        return _best(acquisition, new_codes(space.sobol(max(effort.raw_samples, 2 * len(avoid)), seed), avoid, space))
     return code, float(value)
 
 
@@ -87,7 +87,12 @@ def seen(codes: Tensor, avoid: Tensor) -> Tensor:
     return (codes.unsqueeze(1) - avoid.unsqueeze(0)).abs().amax(-1).lt(1e-9).any(-1)
 
 
-def _new(codes: Tensor, avoid: Tensor, space: Space) -> Tensor:
+def new_codes(codes: Tensor, avoid: Tensor, space: Space) -> Tensor:
+    """The rows (n, d) that aren't among those to avoid.
+
+    Raises:
+        SpaceExhaustedError: if all are.
+    """
     rest = torch.cat([block[~seen(block, avoid)] for block in codes.split(1024)]) if len(avoid) else codes
     if not len(rest):
         raise SpaceExhaustedError(f"all of the space's {int(space.size)} configurations have been tried or are pending")

@@ -63,6 +63,8 @@ def outcomes_of(
     objectives = tuple(index for index in range(num_outputs) if index not in taken)
     if not objectives:
         raise ValueError(f"constraints must leave an objective, but name all {num_outputs} output(s)")
+    if not isinstance(direction, str | Sequence):
+        raise TypeError(f'direction must be "minimize" or "maximize", or a list of them, found {direction!r}')
     directions = (direction,) * len(objectives) if isinstance(direction, str) else tuple(direction)
     if len(directions) != len(objectives) or any(each not in ("minimize", "maximize") for each in directions):
         raise ValueError(
@@ -77,7 +79,7 @@ def _limits(num_outputs: int, constraints: Any) -> tuple[tuple[int, str, float],
         raise TypeError(f'constraints must be {{index: ("<=", bound)}}, found {type(constraints).__name__}')
     limits = []
     for index, limit in sorted(constraints.items()):
-        if not isinstance(index, int) or not 0 <= index < num_outputs:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < num_outputs:
             raise ValueError(f"constraints must name outputs 0 … {num_outputs - 1}, found {index!r}")
         form = isinstance(limit, tuple) and len(limit) == 2 and limit[0] in ("<=", ">=")
         if not form or not isinstance(limit[1], Real) or not math.isfinite(limit[1]):

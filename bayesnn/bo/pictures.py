@@ -70,7 +70,7 @@ def convergence(study: Study) -> Figure:
 
 def parallel_coordinates(space: Space, observations: Observations, names: Sequence[str]) -> Figure:
     """One line for each finished trial through all its parameters to its objectives; the colour is the first objective."""
-    codes, values = observations.codes.numpy(), observations.values.numpy()
+    codes, values = observations.codes.numpy(), observations.values[:, : len(names)].numpy()
     low, high = values.min(0), values.max(0)
     heights = np.concatenate([codes / space.bounds[1].numpy(), (values - low) / np.where(high > low, high - low, 1)], 1)
     num_axes = heights.shape[1]

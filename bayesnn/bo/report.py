@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from matplotlib.figure import Figure
 from optuna.exceptions import OptunaError
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
@@ -193,8 +194,9 @@ def _surrogate_figures(
     )
     figures = {}
     for k, (name, direction) in enumerate(zip(objective_names(study), study.directions, strict=True)):
-        values = observations.values[:, k]
-        best = int(values.argmax() if direction is StudyDirection.MAXIMIZE else values.argmin())
+        merits = observations.values[:, k] * (1 if direction is StudyDirection.MAXIMIZE else -1)
+        kept = (observations.values[:, len(study.directions) :] <= 0).all(1)
+        best = int(torch.where(kept | ~kept.any(), merits, -torch.inf).argmax())
         view = View(model, space, observations, k, best)
         by_importance = list(shares.get(name, space.names))
         figures[f"Surrogate of {name} along each parameter: mean ± 2 standard deviations"] = slices(

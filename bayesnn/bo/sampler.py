@@ -19,13 +19,13 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from bayesnn.bo.acquisition import NAMES, Name
+from bayesnn.bo.acquisition import Name, check_acquisition
 from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.observations import Observations, observe
 from bayesnn.bo.optimise import SpaceExhaustedError, seen
-from bayesnn.bo.outcomes import Direction, Limit, outcomes_of
+from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
 from bayesnn.bo.space import Configuration, Space
-from bayesnn.bo.suggest import Proposal, propose
+from bayesnn.bo.suggest import Proposal, check_reference_point, check_search, propose
 from bayesnn.data import BayesnnWarning
 from bayesnn.model import Model
 from bayesnn.registry import surrogate as surrogate_by_name
@@ -99,8 +99,6 @@ class SurrogateSampler(BaseSampler):
             raise ValueError(f"seed must not be negative, found {seed}")
         self.surrogate, self.num_startup, self.seed = surrogate, num_startup, seed
         self.space = space if isinstance(space, Space) or space is None else Space(space)
-        if acquisition not in NAMES:
-            raise ValueError(f"acquisition must be one of {', '.join(NAMES)}, found {acquisition!r}")
         self.search: dict[str, Any] = {
             "acquisition": acquisition,
             "reference_point": reference_point,
@@ -110,6 +108,7 @@ class SurrogateSampler(BaseSampler):
             "num_samples": num_samples,
             "seconds": seconds,
         }
+        check_search(**self.search)
         self.surrogate_name, self._fit = _fitter(surrogate)
         self._warned_of: set[str] = set()
 
@@ -126,7 +125,7 @@ class SurrogateSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The next configuration, jointly over the parameters of ``search_space``."""
-        if not search_space:
+        if not search_space or set(search_space) & set(trial.params):  # ``ask`` has chosen them
             return {}
         space = Space.from_distributions(search_space) if self.space is None else self.space
         (answer,) = self.answers(study, space, trial.number, 1)
@@ -192,9 +191,14 @@ class SurrogateSampler(BaseSampler):
             "num_pending": len(observations.pending),
             "num_failed": len(observations.failed),
         }
+        self._tell_what_is_left_out(observations, record)
+        outcomes = _outcomes(study, observations)
+        # What the caller got wrong is the caller's to mend; only what a surrogate can't do is made up for.
+        check_acquisition(self.search["acquisition"], outcomes)
+        check_reference_point(self.search["reference_point"], outcomes)
         found = None
         if len(observations.codes) >= self.num_startup:
-            found = self._by_surrogate(study, space, observations, number, q, record)
+            found = self._by_surrogate(space, observations, outcomes, number, q, record)
         if found is None:
             record["sampler"] = "sobol"
             codes, records = self._sobol(space, observations, number, q), [dict(record) for _ in range(q)]
@@ -212,19 +216,39 @@ class SurrogateSampler(BaseSampler):
         ]
 
     def _by_surrogate(
-        self, study: Study, space: Space, observations: Observations, number: int, q: int, record: dict[str, Any]
+        self, space: Space, observations: Observations, outcomes: Outcomes, number: int, q: int, record: dict[str, Any]
     ) -> Proposal | None:
-        fitters = {self.surrogate_name: self._fit, FALLBACK: _fitter(FALLBACK)[1]}
-        for name, fit in fitters.items():
+        fitters = [(self.surrogate_name, self._fit)]
+        if self.surrogate != FALLBACK:
+            fitters.append((FALLBACK, _fitter(FALLBACK)[1]))
+        for name, fit in fitters:
             record["surrogate"] = name
             try:
-                return self._propose(fit, study, space, observations, number, q, record)
+                return self._propose(fit, space, observations, outcomes, number, q, record)
             except SpaceExhaustedError as error:  # another surrogate won't find more
-                self._give_up(number, name, error, record)
+                record["fallback"] = f"{type(error).__name__}: {error}"
+                message = f"trial {number} repeats an earlier configuration: {record['fallback']}"
+                warnings.warn(message, BayesnnWarning, stacklevel=2)
                 return None
             except Exception as error:
                 self._give_up(number, name, error, record)
         return None
+
+    def _tell_what_is_left_out(self, observations: Observations, record: dict[str, Any]) -> None:
+        """In the record, and once as a warning."""
+        left_out = {
+            "constraints_ignored": (observations.ignored, "not all finished trials have the constraint(s) "),
+            "num_outside": (observations.num_outside, "finished trials outside the space, which are left out: "),
+        }
+        for name, (found, message) in left_out.items():
+            if found:
+                record[name] = list(found) if isinstance(found, tuple) else found
+                if name not in self._warned_of:
+                    self._warned_of.add(name)
+                    text = (
+                        f"{', '.join(found)}: no suggestion looks at them" if isinstance(found, tuple) else str(found)
+                    )
+                    warnings.warn(message + text, BayesnnWarning, stacklevel=2)
 
     def _give_up(self, number: int, name: str, error: Exception, record: dict[str, Any]) -> None:
         reason = f"{type(error).__name__}: {error}"
@@ -238,9 +262,9 @@ class SurrogateSampler(BaseSampler):
     def _propose(
         self,
         fit: Callable[[Tensor, Tensor, int], BotorchModel],
-        study: Study,
         space: Space,
         observations: Observations,
+        outcomes: Outcomes,
         number: int,
         q: int,
         record: dict[str, Any],
@@ -251,16 +275,11 @@ class SurrogateSampler(BaseSampler):
         record["fit_seconds"] = round(time.perf_counter() - start, 6)
         if isinstance(fit, AutoSurrogate):
             record |= fit.record(space.encode(observations.codes), observations.values)
-        num_objectives = len(study.directions)
-        limits: dict[int, Limit] = {num_objectives + k: ("<=", 0.0) for k in range(len(observations.constraints))}
-        directions: list[Direction] = [
-            "maximize" if direction is StudyDirection.MAXIMIZE else "minimize" for direction in study.directions
-        ]
         return propose(
             model,
             space,
             q,
-            outcomes=outcomes_of(model.num_outputs, directions, limits),
+            outcomes=outcomes,
             pending=observations.pending,
             failed=observations.failed,
             seed=seed,
@@ -297,6 +316,15 @@ def _fitter(surrogate: Any) -> tuple[str, Callable[[Tensor, Tensor, int], Botorc
             f"found {type(surrogate).__name__}"
         )
     return name, lambda X, Y, seed: copy.deepcopy(model).fit(X, Y, seed=seed)
+
+
+def _outcomes(study: Study, observations: Observations) -> Outcomes:
+    num_objectives, num_limits = len(study.directions), len(observations.constraints)
+    limits: dict[int, Limit] = {num_objectives + k: ("<=", 0.0) for k in range(num_limits)}
+    directions: list[Direction] = [
+        "maximize" if direction is StudyDirection.MAXIMIZE else "minimize" for direction in study.directions
+    ]
+    return outcomes_of(num_objectives + num_limits, directions, limits)
 
 
 def _seed(seed: int, number: int) -> int:

@@ -98,12 +98,18 @@ class Space:
 
     @property
     def size(self) -> float:
-        """How many configurations there are; infinite if anything is continuous.
+        """How many configurations there are; infinite if anything is continuous."""
+        return math.prod(self._size_below(name) for name in self.parameters if name not in self.conditions)
 
-        With conditions, more than a million combinations aren't counted one by one: then it is the number of all codes.
-        """
-        size = math.prod(parameter.num_values for parameter in self.parameters.values())
-        return len(self.grid()) if self.conditions and size <= 1_000_000 else size
+    def _size_below(self, name: str) -> float:
+        """Of a parameter that exists, with those that depend on it."""
+        children = {child: when for child, when in self.conditions.items() if when.parent == name}
+        special = {value for when in children.values() for value in when.values}
+        sizes = (
+            math.prod(self._size_below(child) for child, when in children.items() if value in when.values)
+            for value in special
+        )
+        return self.parameters[name].num_values - len(special) + sum(sizes)
 
     @property
     def num_features(self) -> int:
@@ -164,6 +170,8 @@ class Space:
         Raises:
             ValueError: for a configuration with missing, unknown or out-of-space values.
         """
+        if isinstance(configurations, Mapping):
+            raise TypeError("configurations must be a list of them, found a single one: write [configuration]")
         rows = [self._code(configuration) for configuration in configurations]
         return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(self.parameters))
 
@@ -258,13 +266,18 @@ class Space:
 
     def grid(self) -> Tensor:
         """The codes of all configurations, (size, d); for finite spaces only."""
-        columns = [torch.tensor(all_codes(p), dtype=torch.float64) for p in self.parameters.values()]
-        codes = torch.cartesian_prod(*columns).reshape(-1, len(columns))
-        exist = self._exist(codes)
-        for column, (name, parameter) in enumerate(self.parameters.items()):
-            if name in exist:
-                codes[~exist[name], column] = _middle(parameter)
-        return codes.unique(dim=0) if self.conditions else codes
+        if not self.conditions:
+            columns = [torch.tensor(all_codes(p), dtype=torch.float64) for p in self.parameters.values()]
+            return torch.cartesian_prod(*columns).reshape(-1, len(columns))
+        configurations: list[Configuration] = [{}]
+        for name, parameter in self.parameters.items():
+            values = [parameter.value(code) for code in all_codes(parameter)]
+            configurations = [
+                longer
+                for each in configurations
+                for longer in ([each | {name: value} for value in values] if self.exists(name, each) else [each])
+            ]
+        return self.codes(configurations)
 
 
 def _middle(parameter: Parameter) -> float:

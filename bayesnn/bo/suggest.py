@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayesnn.bo.acquisition import (
     ANEW,
+    NAMES,
     Name,
     Setting,
     acquisition as build_acquisition,
@@ -24,9 +25,12 @@ from bayesnn.bo.feasibility import IfItSucceeds, SuccessModel
 from bayesnn.bo.optimise import Effort, SpaceExhaustedError, local_randomness, maximise
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
 from bayesnn.bo.space import Configuration, Space
-from bayesnn.checks import count, nonnegative, positive
+from bayesnn.checks import count, nonnegative, number as finite_number, positive
 
 __all__ = ["Proposal", "SpaceExhaustedError", "propose", "suggest"]
+
+
+SEEDS_PER_SUGGESTION = 2  # that one acquisition function draws from
 
 
 class Proposal(NamedTuple):
@@ -156,14 +160,12 @@ def propose(
     seed: int = 0,
 ) -> Proposal:
     """:func:`suggest` on codes, with the acquisition values."""
-    counts = {"q": q, "num_restarts": num_restarts, "raw_samples": raw_samples, "num_samples": num_samples}
-    for name, number in counts.items():
-        count(name, number)
-    nonnegative("beta", beta)
-    deadline = None if seconds is None else time.monotonic() + positive("seconds", seconds)
+    count("q", q)
+    count("seed", seed, least=0)
+    check_search(acquisition, reference_point, beta, num_restarts, raw_samples, num_samples, seconds)
+    deadline = None if seconds is None else time.monotonic() + seconds
     check_acquisition(acquisition, outcomes, model)
-    if reference_point is not None and len(reference_point) != len(outcomes.objectives):
-        raise ValueError(f"reference_point must have {len(outcomes.objectives)} values, found {len(reference_point)}")
+    check_reference_point(reference_point, outcomes)
     on_codes = _OnCodes(model, space)
     tried = space.decode(_training_features(model))
     failed = pending[:0] if failed is None else failed
@@ -175,9 +177,8 @@ def propose(
         for index in range(q):
             taken = torch.cat([pending, codes])
             if function is None or acquisition in ANEW:
-                setting = Setting(
-                    on_codes, space, tried, outcomes, reference, num_samples, beta, seed + index * len(ANEW)
-                )
+                avoid, own_seed = torch.cat([tried, failed, taken]), seed + index * SEEDS_PER_SUGGESTION
+                setting = Setting(on_codes, space, tried, avoid, outcomes, reference, num_samples, beta, own_seed)
                 acquisition, function = build_acquisition(acquisition, setting, q, len(pending))
             if len(taken):
                 function.set_X_pending(taken)
@@ -188,6 +189,51 @@ def propose(
             codes = torch.cat([codes, best])
             values.append(value)
     return Proposal(codes, values, acquisition)
+
+
+def check_search(
+    acquisition: Any,
+    reference_point: Any,
+    beta: Any,
+    num_restarts: Any,
+    raw_samples: Any,
+    num_samples: Any,
+    seconds: Any,
+) -> None:
+    """What can be said of a search's settings before there is a model.
+
+    Raises:
+        TypeError, ValueError: for settings that make no sense.
+    """
+    if acquisition not in NAMES:
+        raise ValueError(f"acquisition must be one of {', '.join(NAMES)}, found {acquisition!r}")
+    for name, number in {"num_restarts": num_restarts, "raw_samples": raw_samples, "num_samples": num_samples}.items():
+        count(name, number)
+    nonnegative("beta", beta)
+    if seconds is not None:
+        positive("seconds", seconds)
+    if reference_point is not None:
+        if not isinstance(reference_point, Sequence) or isinstance(reference_point, str):
+            raise TypeError(
+                f"reference_point must be a list of values, one for each objective, found {reference_point!r}"
+            )
+        for value in reference_point:
+            finite_number("reference_point", value)
+
+
+def check_reference_point(reference_point: Sequence[float] | None, outcomes: Outcomes) -> None:
+    """Whether there is one value for each of several objectives.
+
+    Raises:
+        ValueError: if not.
+    """
+    number = len(outcomes.objectives)
+    if reference_point is None:
+        return
+    if number == 1:
+        raise ValueError(f"reference_point must be None for one objective, found {list(reference_point)}")
+    if len(reference_point) != number:
+        raise ValueError(f"reference_point must have {number} values, found {len(reference_point)}")
 
 
 class _OnCodes(BotorchModel):

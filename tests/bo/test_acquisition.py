@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from botorch.acquisition.max_value_entropy_search import qLowerBoundMaxValueEntropy
-from botorch.models import SingleTaskGP
+from botorch.models import ModelList, SingleTaskGP
 from botorch.models.model import Model as BotorchModel
 from torch import Tensor
 from torch.distributions import Normal
 
-from bayesnn.bo import Space, suggest
+from bayesnn.bo import Space, SpaceExhaustedError, suggest
 from bayesnn.bo.acquisition import NAMES, Setting, acquisition, check_acquisition
 from bayesnn.bo.outcomes import Outcomes, outcomes_of
 from bayesnn.bo.suggest import _OnCodes
@@ -43,7 +43,7 @@ def gp(Y: Tensor, noise_var: float = 1e-4) -> SingleTaskGP:
 
 
 def setting(model: BotorchModel, outcomes: Outcomes, num_samples: int = 512, seed: int = 0) -> Setting:
-    return Setting(_OnCodes(model, LINE), LINE, X, outcomes, None, num_samples, 4.0, seed)
+    return Setting(_OnCodes(model, LINE), LINE, X, X, outcomes, None, num_samples, 4.0, seed)
 
 
 def built(name: str, model: BotorchModel, direction: Any = "maximize", **options: Any) -> Any:
@@ -241,3 +241,37 @@ def test_draws_that_depend_on_the_points() -> None:
     assert 0 <= suggest(model, LINE, acquisition="lognei", **options)[0]["x"] <= 1
     chosen, _ = acquisition("auto", setting(model, outcomes_of(1, "minimize"), 8), 1, 0)
     assert chosen == "closed-form logei"
+
+
+@pytest.mark.parametrize("name", ["mes", "lognei", "ucb"])
+def test_a_batch_keeps_away_from_failures(name: Any) -> None:
+    """Also where pending points make the acquisition function negative."""
+    tried = LINE.sobol(24, seed=0)
+    tried, failed = tried[tried[:, 0] < 0.5], tried[tried[:, 0] > 0.55]
+    model = SingleTaskGP(tried, bump(tried))
+    model.covar_module.lengthscale = 0.2
+    options: dict[str, Any] = {"acquisition": name, "num_restarts": 2, "raw_samples": 32, "num_samples": 64}
+    pending = [{"x": 0.31}, {"x": 0.44}]
+    found = suggest(model.eval(), LINE, 2, pending=pending, failed=LINE.configurations(failed), **options)
+    assert all(each["x"] < 0.6 for each in found)
+
+
+def test_thompson_finds_what_is_left_of_a_finite_space() -> None:
+    space = Space({"n": (1, 20), "m": (1, 25)})
+    grid = space.grid()
+    left = [{"n": 3, "m": 7}, {"n": 18, "m": 20}]
+    tried = grid[[space.configurations(code[None])[0] not in left for code in grid]]
+    model = SingleTaskGP(tried[::20], tried[::20].sum(-1, keepdim=True)).eval()
+    taken = space.configurations(torch.cat([tried[k::20] for k in range(1, 20)]))
+    found = suggest(model, space, 2, acquisition="thompson", pending=taken)
+    assert sorted(map(str, found)) == sorted(map(str, left))
+    with pytest.raises(SpaceExhaustedError, match="all of the space's 500 configurations"):
+        suggest(model, space, 3, acquisition="thompson", pending=taken)
+
+
+def test_models_made_of_others_tell_whose_draws_are_no_functions() -> None:
+    drawn = PFN("bo", bounds=(0.0, 1.0), joint="autoregressive").fit(X, bump(X))
+    several = ModelList(drawn, gp(bump(X)))
+    with pytest.raises(ValueError, match="for a model whose draws depend on the points asked for"):
+        check_acquisition("lognehvi", outcomes_of(2, "minimize"), several)
+    check_acquisition("lognehvi", outcomes_of(2, "minimize"), ModelList(gp(bump(X)), gp(bump(X))))

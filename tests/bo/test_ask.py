@@ -79,3 +79,22 @@ def test_numbers_that_make_no_sense(n: Any, error: type[Exception]) -> None:
         ask(study_with(0), n)
     with pytest.raises(TypeError, match="study must have a SurrogateSampler, found TPESampler"):
         ask(optuna.create_study(), 1)
+    with pytest.raises(TypeError, match="study must be an Optuna study, found NoneType"):
+        ask(None, 1)  # type: ignore[arg-type]
+
+
+def test_what_is_queued_comes_first() -> None:
+    study = study_with(6)
+    study.enqueue_trial({"x": 0.5, "n": 7, "kind": "b"})
+    first, second = ask(study, 2)
+    assert first.params == {"x": 0.5, "n": 7, "kind": "b"} and second.user_attrs["num_pending"] == 1
+    assert len(ask(study_with(0), 1)) == 1
+
+
+def test_what_was_asked_for_is_not_chosen_again() -> None:
+    study = study_with(6)
+    (trial,) = ask(study, 1)
+    before = dict(trial.user_attrs)
+    assert 0 <= trial.suggest_float("extra", 0.0, 1.0) <= 1
+    after = study.trials[-1].user_attrs
+    assert {name: after[name] for name in before} == before and after["independent"] == ["extra"]

@@ -251,6 +251,10 @@ def test_names_are_looked_up_at_once() -> None:
             TypeError,
             "found SingleTaskGP",
         ),
+        ({"beta": -1.0}, ValueError, "beta must be"),
+        ({"num_restarts": 0}, ValueError, "num_restarts must be at least 1"),
+        ({"seconds": "a"}, TypeError, "seconds must be"),
+        ({"acquisition": "best"}, ValueError, "acquisition must be one of"),
         ({"num_startup": 0}, ValueError, "num_startup must be at least 1, found 0"),
         ({"seed": -1}, ValueError, "seed must not be negative, found -1"),
         ({"space": {"x": (1.0, 0.0)}}, ValueError, "low < high"),
@@ -321,3 +325,57 @@ def test_what_was_cut_off_is_no_failure() -> None:
         )
     observations = observe(study, space)
     assert len(observations.failed) == 0 and len(observations.pending) == 1
+
+
+def test_constraints_that_not_all_trials_have_are_told_of() -> None:
+    study = study_of(
+        SurrogateSampler("nngp", num_startup=3, seed=0, space={"x": (0.0, 1.0)}, num_restarts=1, raw_samples=8)
+    )
+
+    def limited(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0.0, 1.0)
+        if trial.number != 1:
+            trial.set_constraint("c", x - 0.5)
+        return -x
+
+    with pytest.warns(
+        BayesnnWarning, match="not all finished trials have the constraint.s. c: no suggestion looks at them"
+    ):
+        study.optimize(limited, n_trials=4)
+    assert study.trials[-1].user_attrs["constraints_ignored"] == ["c"]
+
+
+def test_trials_outside_the_space_are_told_of() -> None:
+    space = Space({"kind": ["a", "b"], "x": When((0.0, 1.0), kind="a")})
+    study = study_of(SurrogateSampler("nngp", num_startup=9, seed=0, space=space))
+    # A parameter that doesn't exist under the condition doesn't put a trial outside.
+    for params in ({"kind": "a", "x": 0.2}, {"kind": "b", "x": 0.2}, {"kind": "a"}):
+        distributions = {name: space.distributions()[name] for name in params}
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=1.0))
+    assert len(observe(study, space).codes) == 2 and observe(study, space).num_outside == 1
+    with pytest.warns(BayesnnWarning, match="finished trials outside the space, which are left out: 1"):
+        study.ask().suggest_categorical("kind", ["a", "b"])
+    assert study.trials[-1].user_attrs["num_outside"] == 1
+
+
+def test_settings_that_fit_no_study_of_this_kind() -> None:
+    one = study_of(SurrogateSampler("nngp", space=DEFINITION, acquisition="lognehvi"))
+    with pytest.raises(ValueError, match="acquisition must be one of logei"):
+        one.ask().suggest_float("x", 0.0, 1.0)
+    pair = study_of(SurrogateSampler("nngp", space=DEFINITION, reference_point=[1.0, 2.0]))
+    with pytest.raises(ValueError, match="reference_point must be None for one objective"):
+        pair.ask().suggest_float("x", 0.0, 1.0)
+
+
+def test_a_function_may_have_a_models_name() -> None:
+    calls = []
+
+    def gp(X: Tensor, Y: Tensor) -> BotorchModel:
+        calls.append(len(X))
+        return SingleTaskGP(X, Y)
+
+    study = study_of(
+        SurrogateSampler(gp, num_startup=2, seed=0, space={"x": (0.0, 1.0)}, num_restarts=1, raw_samples=8)
+    )
+    study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=4)
+    assert calls == [2, 3]

@@ -243,6 +243,14 @@ def test_a_finite_space_with_conditions_counts_what_differs() -> None:
     )
 
 
+def test_sizes_of_spaces_with_conditions_are_counted_not_enumerated() -> None:
+    many = {f"p{k}": When((0, 9), kind="a") for k in range(12)}
+    assert Space({"kind": ["a", "b", "c"]} | many).size == 10**12 + 2
+    assert Space({"n": (1, 10**9), "m": When((1, 4), n=[1, 2])}).size == 10**9 + 6
+    assert Space({"kind": ["a", "b"], "x": When((0.0, 1.0), kind="a")}).size == math.inf
+    assert Space(NESTED).size == math.inf
+
+
 def test_ordinals_are_numbers_with_few_values() -> None:
     space = Space({"size": Ordinal(["s", "m", "l"])})
     assert space.codes([{"size": value} for value in "sml"]).flatten().tolist() == [0.0, 0.5, 1.0]

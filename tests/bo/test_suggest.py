@@ -99,7 +99,7 @@ def test_known_and_pending_points_gain_nothing(kind: str) -> None:
         X = LINE.sobol(6, seed=0)
         model = gp(LINE, X, bump(X))
     tried, pending = LINE.sobol(6, seed=0), torch.tensor([[0.123], [0.456]], dtype=torch.float64)
-    setting = Setting(_OnCodes(model, LINE), LINE, tried, outcomes_of(1, "maximize"), None, 64, 4.0, 0)
+    setting = Setting(_OnCodes(model, LINE), LINE, tried, tried, outcomes_of(1, "maximize"), None, 64, 4.0, 0)
     _, acquisition = build("lognei", setting, 1, 0)
     acquisition.set_X_pending(pending)
     known = acquisition(torch.cat([tried, pending]).unsqueeze(-2)).exp()
@@ -214,6 +214,13 @@ def test_models_whose_posterior_has_a_dimension_of_members() -> None:
     "arguments, message",
     [
         ({"q": 0}, "q must be at least 1"),
+        ({"seed": 1.5}, "seed must be an integer, found 1.5"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"direction": None}, 'direction must be "minimize" or "maximize", or a list of them, found None'),
+        ({"constraints": {True: ("<=", 1.0)}}, "constraints must name outputs 0 … 0, found True"),
+        ({"reference_point": 5}, "reference_point must be a list of values"),
+        ({"reference_point": [float("nan"), 1.0]}, "reference_point must be finite"),
+        ({"pending": {"n": 3}}, "configurations must be a list of them, found a single one"),
         ({"num_samples": 1.5}, "num_samples must be an integer, found 1.5"),
         ({"beta": -1.0}, "beta must be"),
         ({"seconds": 0.0}, "seconds must be"),
@@ -223,7 +230,7 @@ def test_models_whose_posterior_has_a_dimension_of_members() -> None:
         ({"constraints": {0: 1.0}}, 'must be ."<=", bound. or .">=", bound., found 1.0'),
         ({"direction": "up"}, 'direction must be "minimize" or "maximize"'),
         ({"direction": ["minimize", "maximize"]}, "for each of the 1 output"),
-        ({"reference_point": [0.0, 1.0]}, "reference_point must have 1 values, found 2"),
+        ({"reference_point": [0.0]}, "reference_point must be None for one objective, found .0.0."),
         ({"pending": [{"n": 300}]}, "n of the configuration is outside the space"),
         ({"space": {"n": (0, 200), "x": (0.0, 1.0)}}, "features of this space have 2 columns, found 1"),
         ({"space": {"n": (2, 1)}}, "low < high"),
