@@ -11,6 +11,7 @@ import bayesnn
 from bayesnn import BNN, GaussianProcess, Model, Stack, likelihoods, networks
 from bayesnn.evidence import log_scores
 from bayesnn.inference import DeepEnsemble
+from bayesnn.inference.amortized import PFN
 from bayesnn.mixtures import mixture
 from bayesnn.posteriors import FunctionDraws, Gaussian, Mixture, StudentT, gaussian_view
 from bayesnn.predictive import Predictive
@@ -238,6 +239,16 @@ def test_bad_members():
             Stack(wrong)
     with pytest.raises(RuntimeError, match=r"no model could predict .*models\[0\]: ArithmeticError: not today"):
         Stack([NeverInAStack()]).fit(*data())
+
+
+def test_a_stacks_draws_are_functions_if_all_models_draws_are():
+    X, Y = data()
+    pfns = {joint: PFN("gp-small", joint=joint) for joint in ("copula", "autoregressive")}
+    assert Stack([gp(), pfns["copula"]]).fit(X, Y).draws_are_functions
+    stack = Stack([gp(), pfns["autoregressive"]])
+    stack.fit(X, Y)
+    stack._fitted = {index: model.fit(X, Y) for index, model in enumerate(stack._models)}  # whatever the weights
+    assert not stack.draws_are_functions
 
 
 def test_a_single_row_has_equal_weights():

@@ -44,15 +44,15 @@ def observe(study: Study, space: Space, exclude: int | None = None) -> Observati
         space: the space.
         exclude: the number of a trial to leave out, the one that is being started.
     """
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.number != exclude]
+    trials = study.get_trials(deepcopy=False)
     # A trial that was cut off failed by no fault of its configuration, which has been queued again.
     cut_off = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     rows: dict[str, list[Tensor]] = {"finished": [], "pending": [], "failed": []}
     finished, num_outside = [], 0
     for trial in trials:
-        code = _code(trial, space)
-        if trial.number in cut_off:
+        if trial.number == exclude or trial.number in cut_off:
             continue
+        code = _code(trial, space)
         if code is None:
             num_outside += _has_values(trial)
         elif trial.state in (TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED):

@@ -59,7 +59,9 @@ class SurrogateSampler(BaseSampler):
     "auto": the chosen one, with ``surrogate_scores`` and, of how many rows they are, ``surrogate_scored_on``),
     ``fit_seconds``, ``suggest_seconds``, ``acquisition`` and ``acquisition_value``, ``num_observed``, ``num_pending``,
     ``num_failed``, ``independent`` (the parameters drawn by themselves) and, where the surrogate couldn't answer and a
-    Gaussian process or the Sobol sequence took its place, ``fallback`` with the reason; that is also a warning.
+    Gaussian process or the Sobol sequence took its place, ``fallback`` with the reason; that is also a warning. So are
+    ``constraints_ignored``, those that some finished trials lack, and ``num_outside``, how many finished trials aren't in the
+    space.
 
     Args:
         surrogate: a name among ``bayesnn.surrogates()``; or "auto", the one of several that predicts best
@@ -226,8 +228,8 @@ class SurrogateSampler(BaseSampler):
             try:
                 return self._propose(fit, space, observations, outcomes, number, q, record)
             except SpaceExhaustedError as error:  # another surrogate won't find more
-                record["fallback"] = f"{type(error).__name__}: {error}"
-                message = f"trial {number} repeats an earlier configuration: {record['fallback']}"
+                reason = _note_fallback(record, name, error)
+                message = f"trial {number} repeats an earlier configuration: {reason}"
                 warnings.warn(message, BayesnnWarning, stacklevel=2)
                 return None
             except Exception as error:
@@ -236,23 +238,22 @@ class SurrogateSampler(BaseSampler):
 
     def _tell_what_is_left_out(self, observations: Observations, record: dict[str, Any]) -> None:
         """In the record, and once as a warning."""
-        left_out = {
-            "constraints_ignored": (observations.ignored, "not all finished trials have the constraint(s) "),
-            "num_outside": (observations.num_outside, "finished trials outside the space, which are left out: "),
-        }
-        for name, (found, message) in left_out.items():
-            if found:
-                record[name] = list(found) if isinstance(found, tuple) else found
-                if name not in self._warned_of:
-                    self._warned_of.add(name)
-                    text = (
-                        f"{', '.join(found)}: no suggestion looks at them" if isinstance(found, tuple) else str(found)
-                    )
-                    warnings.warn(message + text, BayesnnWarning, stacklevel=2)
+        told: dict[str, tuple[Any, str]] = {}
+        if observations.ignored:
+            names = list(observations.ignored)
+            message = f"not all finished trials have the constraint(s) {', '.join(names)}: no suggestion looks at them"
+            told["constraints_ignored"] = (names, message)
+        if observations.num_outside:
+            message = f"finished trials outside the space, which are left out: {observations.num_outside}"
+            told["num_outside"] = (observations.num_outside, message)
+        for name, (value, message) in told.items():
+            record[name] = value
+            if name not in self._warned_of:
+                self._warned_of.add(name)
+                warnings.warn(message, BayesnnWarning, stacklevel=2)
 
     def _give_up(self, number: int, name: str, error: Exception, record: dict[str, Any]) -> None:
-        reason = f"{type(error).__name__}: {error}"
-        record["fallback"] = f"{record['fallback']}; {name}: {reason}" if "fallback" in record else f"{name}: {reason}"
+        reason = _note_fallback(record, name, error)
         warnings.warn(
             f"trial {number} is suggested by something simpler, because the surrogate {name!r} couldn't answer: {reason}",
             BayesnnWarning,
@@ -316,6 +317,13 @@ def _fitter(surrogate: Any) -> tuple[str, Callable[[Tensor, Tensor, int], Botorc
             f"found {type(surrogate).__name__}"
         )
     return name, lambda X, Y, seed: copy.deepcopy(model).fit(X, Y, seed=seed)
+
+
+def _note_fallback(record: dict[str, Any], name: str, error: Exception) -> str:
+    """Why a surrogate couldn't answer, after what is noted of those before it."""
+    reason = f"{type(error).__name__}: {error}"
+    record["fallback"] = f"{record['fallback']}; {name}: {reason}" if "fallback" in record else f"{name}: {reason}"
+    return reason
 
 
 def _outcomes(study: Study, observations: Observations) -> Outcomes:

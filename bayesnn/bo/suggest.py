@@ -176,8 +176,9 @@ def propose(
         function: AcquisitionFunction | None = None
         for index in range(q):
             taken = torch.cat([pending, codes])
+            avoid = torch.cat([tried, failed, taken])
             if function is None or acquisition in ANEW:
-                avoid, own_seed = torch.cat([tried, failed, taken]), seed + index * SEEDS_PER_SUGGESTION
+                own_seed = seed + index * SEEDS_PER_SUGGESTION
                 setting = Setting(on_codes, space, tried, avoid, outcomes, reference, num_samples, beta, own_seed)
                 acquisition, function = build_acquisition(acquisition, setting, q, len(pending))
             if len(taken):
@@ -185,7 +186,7 @@ def propose(
             weighed = function if success is None else IfItSucceeds(function, success, acquisition)
             left = None if deadline is None else max(0.1, (deadline - time.monotonic()) / (q - index))
             effort = Effort(num_restarts, raw_samples, left)
-            best, value = maximise(weighed, space, torch.cat([tried, failed, taken]), effort, seed + index)
+            best, value = maximise(weighed, space, avoid, effort, seed + index)
             codes = torch.cat([codes, best])
             values.append(value)
     return Proposal(codes, values, acquisition)

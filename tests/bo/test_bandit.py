@@ -236,6 +236,10 @@ def test_bad_settings_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             NeuralBandit(**{"num_arms": 3, "num_features": 4} | arguments)
+    with pytest.raises(TypeError, match="hidden must be a list of widths, found 50"):
+        NeuralBandit(3, 4, hidden=50)
+    with pytest.raises(ValueError, match="policy must be one of square-cb"):
+        NeuralBandit(3, 4, policy=["ucb"])
     with pytest.raises(TypeError, match="per_arm must be True or False"):
         NeuralBandit(3, 4, per_arm=1)
     with pytest.raises(ValueError, match="step_size must be positive"):

@@ -54,6 +54,10 @@ def test_a_parameter_that_does_not_exist_takes_its_argument_with_it() -> None:
     command = Command("echo {kind} --rate={rate} end", space)
     assert command.arguments({"kind": "b", "rate": 0.5}) == ["echo", "b", "--rate=0.5", "end"]
     assert command.arguments({"kind": "a"}) == ["echo", "a", "end"]
+    with pytest.raises(
+        ValueError, match=r"command would leave '--rate' alone where rate doesn't exist: write --rate=\{rate\}"
+    ):
+        Command("echo {kind} --rate {rate}", space)
 
 
 def test_values_stay_within_their_argument() -> None:

@@ -206,3 +206,21 @@ def test_which_study(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("not a database\n" * 10)
     with pytest.raises(ValueError, match="isn't an SQLite database"):
         load_study(str(tmp_path / "text.db"))
+
+
+def test_constraints_of_trials() -> None:
+    """They are no objectives, and the best configuration keeps them."""
+    space = Space({"x": (0.0, 1.0), "y": (0.0, 1.0)})
+    study = optuna.create_study(sampler=SurrogateSampler("nngp", num_startup=9, seed=0, space=space))
+
+    def limited(trial: optuna.Trial) -> float:
+        x, y = trial.suggest_float("x", 0.0, 1.0), trial.suggest_float("y", 0.0, 1.0)
+        trial.set_constraint("c", x - 0.5)
+        return y - x
+
+    study.optimize(limited, n_trials=6)
+    observations = observe(study, space)
+    assert observations.values.shape == (6, 2)
+    axes = parallel_coordinates(space, observations, ["value"]).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["x", "y", "value"]
+    assert page_of(study)

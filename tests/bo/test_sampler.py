@@ -325,6 +325,8 @@ def test_what_was_cut_off_is_no_failure() -> None:
         )
     observations = observe(study, space)
     assert len(observations.failed) == 0 and len(observations.pending) == 1
+    # Nor while the trial that tries it again is being started.
+    assert len(observe(study, space, exclude=1).failed) == 0
 
 
 def test_constraints_that_not_all_trials_have_are_told_of() -> None:
