@@ -41,9 +41,11 @@ class Recipe(Configured):
         max_width: with ``before``, the histograms' buckets are split until none is wider, and more are added outside them, as
             far as this prior's outcomes reach; the predictions at the start stay the same (but in the tails, where they get
             the new buckets' shape). None: they stay as they are.
+        more_layers: with ``before``, so many are added to a transformer's or a classifier's, the identity at the start.
 
     Raises:
-        ValueError: for an unknown kind of network, numbers out of range, or a ``max_width`` of a network without histograms.
+        ValueError: for an unknown kind of network, numbers out of range, a ``max_width`` of a network without histograms, or
+            ``more_layers`` of one without layers.
     """
 
     name: str
@@ -55,10 +57,11 @@ class Recipe(Configured):
     seed: int = 0
     before: Recipe | None = None
     max_width: float | None = None
+    more_layers: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, partial(count, least=3), "num_buckets")
-        check_fields(self, partial(count, least=0), "seed")
+        check_fields(self, partial(count, least=0), "seed", "more_layers")
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             raise ValueError(f"name must be a file's name of letters, digits, '-', '_' and '.', found {self.name!r}")
         if not isinstance(self.training, MetaTraining):
@@ -75,6 +78,8 @@ class Recipe(Configured):
             raise ValueError(f"network must be one of {', '.join(NETWORKS)}, found {self.network!r}")
         if self.before is None and self.max_width is not None:
             raise ValueError("max_width refines the network of a recipe before, and there is none: choose num_buckets")
+        if self.before is None and self.more_layers:
+            raise ValueError("more_layers deepens the network of a recipe before, and there is none: choose num_layers")
         if self.before is not None:
             self._check_before(self.before)
 
@@ -95,6 +100,8 @@ class Recipe(Configured):
             positive("max_width", self.max_width)
             if self.network != "transformer":
                 raise ValueError(f"max_width is of histograms, which a network of kind {self.network!r} doesn't have")
+        if self.more_layers and self.network == "deep-set":
+            raise ValueError("more_layers is of transformers, a network of kind 'deep-set' has none")
 
     def build_network(self, before: nn.Module | None = None) -> nn.Module:
         """As the training begins with it.
@@ -107,7 +114,9 @@ class Recipe(Configured):
         """
         if self.before is not None:
             network = self.before.build_network() if before is None else before
-            return network if self.max_width is None else _refined(network, self, self.max_width)
+            if self.max_width is not None:
+                network = _refined(network, self, self.max_width)
+            return _deepened(network, self) if self.more_layers else network
         try:
             return NETWORKS[self.network](self, **(self.settings or {}))
         except TypeError as error:
@@ -139,6 +148,11 @@ def _refined(network: nn.Module, recipe: Recipe, max_width: float) -> SetTransfo
     samples = _outcomes(recipe)
     borders = refined_borders(network.borders, samples, max_width)
     return network.refined(borders.tolist(), prior_tail_scales(samples, borders).tolist())
+
+
+def _deepened(network: nn.Module, recipe: Recipe) -> nn.Module:
+    assert isinstance(network, SetTransformer | SetClassifier)
+    return network.deepened(recipe.more_layers, recipe.seed)
 
 
 def _outcomes(recipe: Recipe) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -180,6 +180,22 @@ class _SetTransformer(Configured, nn.Module):
             tokens = layer(tokens, places, key, value)
         output = self.head(self.norm(tokens)).reshape(num_batch, num_extra, q, self.num_outputs).movedim(1, 0)
         return output.reshape(*shape, q, self.num_outputs)
+
+    def deepened(self, num_layers: int, seed: int = 0) -> Self:
+        """The same network with more layers at its end, each the identity to begin with, so that its answers stay the same.
+
+        Args:
+            num_layers: how many more.
+            seed: of their initial weights.
+
+        Raises:
+            ValueError: if ``num_layers`` isn't a whole number, at least 1.
+        """
+        count("num_layers", num_layers)
+        arguments = self._arguments | {"num_layers": len(self.layers) + num_layers, "seed": seed}
+        twin = type(self)(**arguments)
+        twin.load_state_dict(twin.state_dict() | self.state_dict())
+        return twin.to(self.query_token)
 
     @property
     def hidden_matrices(self) -> frozenset[str]:

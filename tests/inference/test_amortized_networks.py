@@ -11,7 +11,7 @@ from bayesnn.files import read_tensors, write_tensors
 from bayesnn.histogram import prior_borders, refined_borders
 from bayesnn.inference.amortized.deep_set import DeepSetNetwork
 from bayesnn.inference.amortized.recipes import Recipe
-from bayesnn.inference.amortized.transformer import SetTransformer
+from bayesnn.inference.amortized.transformer import SetClassifier, SetTransformer
 from bayesnn.inference.amortized.weights import load_network, load_pretrained, pretrained_names, save_network
 
 BORDERS = prior_borders(torch.linspace(-3, 3, 100), 12).tolist()
@@ -336,3 +336,23 @@ def test_refined_histograms_keep_their_probabilities(data):
         assert not torch.allclose(new.cdf(beyond), torch.ones(2, 5).double(), atol=1e-6)
     with pytest.raises(ValueError, match="borders must have the network's inner ones among them"):
         network.refined(torch.linspace(-3, 3, 40).tolist(), (0.5, 0.5))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "classifier"])
+def test_more_layers_keep_the_answers(kind, data):
+    """They are the identity at the start, and are trained with the others."""
+    sizes = {"width": 16, "num_layers": 2, "num_heads": 2}
+    network = SetClassifier(4, 2, **sizes) if kind == "classifier" else SetTransformer(4, BORDERS, (1.0, 1.0), **sizes)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    twin = network.deepened(2, seed=3)
+    assert type(twin) is type(network) and len(twin.layers) == 4
+    X, y, queries = (part.float() for part in data)
+    y = (y > 0).float() if kind == "classifier" else y
+    for old, new in zip(network(X, y, queries), twin(X, y, queries), strict=True):
+        torch.testing.assert_close(new.logits, old.logits, atol=1e-6, rtol=0)
+    twin(X, y, queries)[0].logits.square().sum().backward()
+    assert all(bool((layer.merge.weight.grad != 0).any()) for layer in twin.layers)
+    with pytest.raises(ValueError, match="num_layers must be"):
+        network.deepened(0)

@@ -75,7 +75,8 @@ def test_a_network_covers_its_prior():
 def test_a_second_training(tmp_path):
     """It goes on from the first one's network, with finer histograms; from a file or from scratch: the same."""
     first = RECIPES["regression"]
-    second = replace(first, name="second", training=replace(TRAINING, num_steps=3), seed=1, before=first, max_width=0.3)
+    changes = {"before": first, "max_width": 0.3, "more_layers": 1}
+    second = replace(first, name="second", training=replace(TRAINING, num_steps=3), seed=1, **changes)
     export(first, train(first, log=lambda line: None), 4, tmp_path, "a test", num_tasks=2)
     start, hardware = load_start(second, tmp_path / "tiny.safetensors")
     assert hardware == "a test"
@@ -83,6 +84,7 @@ def test_a_second_training(tmp_path):
     from_file = train(second, log=lambda line: None, start=start)
     assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), from_file.parameters(), strict=True))
     assert from_file.borders[1:-1].diff().max() <= 0.3 + 1e-6 and from_file.num_buckets > start.num_buckets
+    assert len(from_file.layers) == len(start.layers) + 1
     for begin in (start, None):
         again, num_steps = from_checkpoint(second, tmp_path / "state", begin)
         assert num_steps == 3
@@ -127,6 +129,17 @@ def test_a_second_training_of_something_else(tmp_path):
             {"before": RECIPES["deep set"], "network": "deep-set", "settings": {"width": 16}, "max_width": 0.1},
             ValueError,
             "max_width is of histograms, which a network of kind 'deep-set' doesn't have",
+        ),
+        ({"more_layers": -1}, ValueError, "more_layers must be"),
+        (
+            {"before": None, "more_layers": 1},
+            ValueError,
+            "more_layers deepens the network of a recipe before, and there is none",
+        ),
+        (
+            {"before": RECIPES["deep set"], "network": "deep-set", "settings": {"width": 16}, "more_layers": 1},
+            ValueError,
+            "more_layers is of transformers, a network of kind 'deep-set' has none",
         ),
     ]:
         with pytest.raises(error, match=message):
