@@ -164,7 +164,7 @@ def test_a_surrogate_that_fails_is_replaced_visibly(monkeypatch: pytest.MonkeyPa
     assert record["sampler"] == "surrogate" and record["surrogate"] == "gp" and record["acquisition"] == "lognei"
     assert record["fallback"] == "broken: LinAlgError: not positive definite"
     # Neither does the Gaussian process answer.
-    monkeypatch.setattr("bayesnn.bo.sampler.FALLBACK", "nngp")
+    monkeypatch.setattr("bayesnn.bo.chain.FALLBACK", "nngp")
     monkeypatch.setattr("bayesnn.processes.NNGP.fit", broken)
     with pytest.warns(BayesnnWarning, match="'nngp'"):
         study.optimize(objective, n_trials=1)
