@@ -41,6 +41,8 @@ OF_ANY_DRAWS = ("logei", "lognei", "ucb", "lognparego")
 """Right for posteriors whose draws depend on all the points asked for: they compare values of one call only."""
 ANEW = ("thompson", "lognparego")
 """Drawn anew for each suggestion of a batch."""
+OF_INFORMATION = ("mes", "kg")
+"""They ask what observations tell, of pending points where they are made; all others compare values, at one resource."""
 PLACES = 256  # at which maxima are looked for where a function isn't known as a whole
 
 
