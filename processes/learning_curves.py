@@ -59,7 +59,7 @@ class LearningCurveProcess(GaussianProcess):
         return Scaling(*(torch.cat(each, -1) for each in zip(*parts, strict=True)))
 
     def _max_steps(self) -> int:
-        return 200
+        return 100
 
     def _kernel(self, num_features: int, batch_shape: torch.Size, seed: int) -> Kernel:
         columns, resource = tuple(range(num_features - 1)), (num_features - 1,)
