@@ -19,6 +19,7 @@ from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.observations import Observations, observe
 from bayesnn.bo.optimise import SpaceExhaustedError, seen
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
+from bayesnn.bo.outliers import drawn_in
 from bayesnn.bo.space import Configuration, Space
 from bayesnn.bo.suggest import Proposal, check_reference_point, check_search, propose
 from bayesnn.data import BayesnnWarning
@@ -61,7 +62,7 @@ class Chain:
         self._warned_of: set[str] = set()
 
     def fit(self, study: Study, space: Space) -> BotorchModel:
-        """The surrogate, fitted to all finished trials of a study.
+        """The surrogate, fitted to all finished trials of a study, outliers among the bad values drawn in.
 
         Raises:
             ValueError: if no trial has finished.
@@ -69,7 +70,8 @@ class Chain:
         observations = observe(study, space)
         if not len(observations.codes):
             raise ValueError("no trial of this study has finished with a finite value, so there is nothing to fit")
-        return self._fitted(space, observations, self.seed, self._fit)
+        values = drawn_in(observations.values, _outcomes(study, observations))
+        return self._fitted(space, observations._replace(values=values), self.seed, self._fit)
 
     def _fitted(
         self,
@@ -100,7 +102,11 @@ class Chain:
         # What the caller got wrong is the caller's to mend; only what a surrogate can't do is made up for.
         check_acquisition(self.search["acquisition"], outcomes)
         check_reference_point(self.search["reference_point"], outcomes)
-        found = None
+        values = drawn_in(observations.values, outcomes)
+        num_drawn_in = int((values != observations.values).any(-1).sum())
+        if num_drawn_in:
+            record["num_drawn_in"] = num_drawn_in
+        observations, found = observations._replace(values=values), None
         if len(observations.codes) >= self.num_startup:
             found = self._by_surrogate(space, observations, outcomes, number, q, record)
         if found is None:
