@@ -22,6 +22,7 @@ from bayesnn.bo.fidelity import Fidelity
 from bayesnn.bo.observations import Observations, observe
 from bayesnn.bo.optimise import SpaceExhaustedError, seen
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
+from bayesnn.bo.outliers import drawn_in
 from bayesnn.bo.space import Configuration, Space
 from bayesnn.bo.suggest import Proposal, check_reference_point, check_search, propose
 from bayesnn.data import BayesnnWarning
@@ -60,6 +61,11 @@ class _Sight(NamedTuple):
     left_out: Tensor
     record: dict[str, Any]
 
+    def drawn_in(self, outcomes: Outcomes) -> _Sight:
+        """With outliers among the bad values drawn in."""
+        values = drawn_in(self.observations.values, outcomes)
+        return self._replace(observations=self.observations._replace(values=values))
+
 
 class Chain:
     """What answers for the trials of a study, from those before them.
@@ -87,7 +93,9 @@ class Chain:
         self._warned_of: set[str] = set()
 
     def fit(self, study: Study, space: Space) -> BotorchModel:
-        """The surrogate, fitted to all finished trials of a study; with a fidelity, of outcomes after the whole resource.
+        """The surrogate, fitted to all finished trials of a study, outliers among the bad values drawn in.
+
+        With a fidelity, it is of outcomes after the whole resource.
 
         Raises:
             ValueError: if no trial has finished.
@@ -95,10 +103,10 @@ class Chain:
         sight = self._look(study, space)
         if not sight.num_observed:
             raise ValueError("no trial of this study has finished with a finite value, so there is nothing to fit")
-        model = self._fitted(sight, self.seed, self._fit)
-        return (
-            model if self.fidelity is None else ModelAtResource(model, self.fidelity.code(self.fidelity.max_resource))
-        )
+        model = self._fitted(sight.drawn_in(_outcomes(study, sight.observations)), self.seed, self._fit)
+        if self.fidelity is None:
+            return model
+        return ModelAtResource(model, self.fidelity.code(self.fidelity.max_resource))
 
     def _look(self, study: Study, space: Space, number: int | None = None) -> _Sight:
         """At all trials but the one of that number."""
@@ -138,9 +146,13 @@ class Chain:
         # What the caller got wrong is the caller's to mend; only what a surrogate can't do is made up for.
         check_acquisition(self.search["acquisition"], outcomes)
         check_reference_point(self.search["reference_point"], outcomes)
+        drawn = sight.drawn_in(outcomes)
+        num_drawn_in = int((drawn.observations.values != observations.values).any(-1).sum())
+        if num_drawn_in:
+            record["num_drawn_in"] = num_drawn_in
         found = None
         if sight.num_observed >= self.num_startup:
-            found = self._by_surrogate(sight, outcomes, number, q, record)
+            found = self._by_surrogate(drawn, outcomes, number, q, record)
         if found is None:
             record["sampler"] = "sobol"
             codes, records = self._sobol(sight, number, q), [dict(record) for _ in range(q)]

@@ -30,7 +30,8 @@ class SurrogateSampler(BaseSampler):
     The first trials come from a scrambled Sobol sequence. Running trials count as pending. Trials that failed or returned an
     infinite value are left out of the fit and not tried again, and where there are some, what is suggested is weighed by the
     probability that it succeeds; pruned ones count as pending. Constraints that trials set (``trial.set_constraint``) are
-    modelled beside the objectives, if all finished trials have them. Minimises or maximises, one objective or several. A
+    modelled beside the objectives, if all finished trials have them. Minimises or maximises, one objective or several.
+    Values far worse than all others are drawn in before a fit, so that they don't make the others look alike. A
     parameter that isn't in all finished trials is drawn uniformly, by itself, and so is everything in the very
     first trial of a study whose space isn't given. The same seed and the same trials give the
     same next trial, also after a restart and in another process.
@@ -41,7 +42,7 @@ class SurrogateSampler(BaseSampler):
     ``num_failed``, ``independent`` (the parameters drawn by themselves) and, where the surrogate couldn't answer and a
     Gaussian process or the Sobol sequence took its place, ``fallback`` with the reason; that is also a warning. So are
     ``constraints_ignored``, those that some finished trials lack, and ``num_outside``, how many finished trials aren't in the
-    space.
+    space, and ``num_drawn_in``, how many trials had outlying bad values.
 
     With a ``fidelity``, what trials report on the way (``trial.report(value, step)``) is modelled too, that of the running and
     the pruned ones included: one model over configurations and resources, fitted to the values at the rungs, which a pruner

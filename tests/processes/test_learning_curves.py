@@ -52,7 +52,11 @@ def test_the_kernel_is_positive_definite_with_its_own_diagonal(rate_shape: float
 
 def by_hand(kernel: Kernel, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """The covariance of the docstring, from the kernel's hyperparameters."""
-    limits, (shared, changing), curve = kernel.kernels[0], kernel.kernels[1].kernels[0].kernels, kernel.kernels[1].kernels[1]
+    limits, (shared, changing), curve = (
+        kernel.kernels[0],
+        kernel.kernels[1].kernels[0].kernels,
+        kernel.kernels[1].kernels[1],
+    )
 
     def squared_exponential(scaled: Kernel) -> np.ndarray:
         lengths = scaled.base_kernel.lengthscale.detach().numpy()
