@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from optuna.pruners import BasePruner, HyperbandPruner, SuccessiveHalvingPruner
+from optuna.study import Study
 
 from bayesnn.checks import count, flag
 
@@ -86,3 +87,19 @@ class Fidelity:
         if self.hyperband:
             return HyperbandPruner(self.min_resource, self.max_resource, self.reduction_factor)
         return SuccessiveHalvingPruner(self.min_resource, self.reduction_factor)
+
+    def attach(self, study: Study) -> None:
+        """Let a study prune by this, the same whenever it goes on.
+
+        Raises:
+            ValueError: if the study has had other rungs.
+        """
+        wanted, stored = list(self.rungs), study.user_attrs.get("rungs")
+        if stored is None:
+            study.set_user_attr("rungs", wanted)
+        elif stored != wanted:
+            raise ValueError(
+                f"fidelity has the rungs {wanted}, but the stored study {study.study_name!r} has {stored}: go on with those, "
+                "or give another study_name"
+            )
+        study.pruner = self.pruner()
