@@ -38,8 +38,11 @@ from bayesnn.bo import Fidelity, Space, SurrogateSampler
 NAME = "fidelity"
 EPOCHS, NUM_WORKERS, NUM_STARTUP = 50, 4, 10
 FULL_TRIALS = 40  # of random search: its quality after these is what the others are to reach
+WHOLE = FULL_TRIALS * EPOCHS
+QUARTER = WHOLE // 4
 FIDELITY = Fidelity(EPOCHS)
-METHODS = ("joint gp", "joint nngp", "asha", "bo")
+METHODS = {"asha": QUARTER, "bo": WHOLE, "joint nngp": QUARTER, "joint gp": QUARTER}
+"""How many epochs each is given."""
 
 
 class Table(Space):
@@ -160,7 +163,7 @@ def run_and_keep(folder: Path, index: int, method: str, seed: int, budget: int) 
     print(f"{task.name:38} {method:10} {seed} {best:8.4f} {found['cpu_seconds']:7.1f} s", flush=True)
 
 
-def epochs_to(cell: dict[str, Any], target: float) -> float | None:
+def epochs_to(cell: dict[str, Any], target: float) -> int | None:
     """The epochs that a search spent until it had a network with at most this loss; None: it never had."""
     return next((spent for spent, loss in cell["finished"] if loss <= target), None)
 
@@ -171,49 +174,44 @@ def best_after(cell: dict[str, Any], epochs: int) -> float | None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """For each method, over its tasks and seeds: how often it has the quality of random search after a quarter of the epochs,
-    and how far it then is from the best setting."""
+    """For each method, over its tasks and seeds: how far it is from the best setting, and how often it has what random search
+    has after all its epochs."""
     cells, result = read_cells(NAME), []
-    whole = FULL_TRIALS * EPOCHS
     tasks = {index: Task(folder, index) for index in sorted({cell["task"] for cell in cells})}
-    for method in METHODS:
-        own = [cell for cell in cells if cell["method"] == method and cell["budget"] >= whole // 4]
+    for method, epochs in itertools.product(METHODS, (QUARTER, WHOLE)):
+        own = [cell for cell in cells if cell["method"] == method and cell["budget"] >= epochs]
         if not own:
             continue
-        reached, regrets, gaps, by_chance = [], [], [], []
-        for cell in own:
-            task = tasks[cell["task"]]
-            target, best = task.of_random_search(FULL_TRIALS), task.losses[:, -1].min()
-            reached.append(epochs_to(cell, target))
-            found = best_after(cell, whole // 4)
-            untrained = task.losses.max()
-            regrets.append(((untrained if found is None else found) - best) / (untrained - best))
-            num_best = int((task.losses[:, -1] <= target).sum())
-            by_chance.append(1 - task.all_missed(num_best, FULL_TRIALS // 4))
-            gaps.append((target - best) / (untrained - best))
-        within = [epochs is not None and epochs <= whole // 4 for epochs in reached]
+        common = {
+            "peer_name": "random",
+            "tasks": [cell["task"] for cell in own],
+            "seeds": [cell["seed"] for cell in own],
+            "cpu_seconds": statistics.fmean(cell["cpu_seconds"] for cell in own),
+            "num_trials": statistics.fmean(cell["num_trials"] for cell in own),
+            "fallbacks": sum(cell["fallbacks"] for cell in own),
+        }
+        found = [_compared(cell, tasks[cell["task"]], epochs) for cell in own]
+        regrets, at_random, reached, by_chance = ([each[key] for each in found] for key in range(4))
         mean, stderr = mean_and_stderr(regrets)
-        common = {"peer_name": "random", "seeds": sorted({cell["seed"] for cell in own}), "searches": len(own)}
-        common["cpu_seconds"] = statistics.fmean(cell["cpu_seconds"] for cell in own)
-        common["fallbacks"] = sum(cell["fallbacks"] for cell in own)
         result.append(
             {
-                "case": f"{method}: {whole // 4} epochs, random: {whole}",
+                "case": f"{method}: {epochs} epochs, random: {WHOLE}",
                 "metric": "normalised regret",
                 "unit": "share of the untrained loss's",
                 "ours": mean,
-                "peer": statistics.fmean(gaps),
-                "ratio": statistics.fmean(gaps) / mean if mean > 0 else None,
+                "peer": statistics.fmean(at_random),
+                "ratio": statistics.fmean(at_random) / mean if mean > 0 else None,
                 "better": "lower",
                 "stderr": stderr,
                 "all_ours": regrets,
-                "all_peer": gaps,
+                "all_peer": at_random,
                 **common,
             }
         )
+        within = [spent is not None and spent <= epochs for spent in reached]
         result.append(
             {
-                "case": f"{method}: random's {whole} in {whole // 4} epochs",
+                "case": f"{method}: quality of random's {WHOLE} in {epochs}",
                 "metric": "share of searches",
                 "unit": "1",
                 "ours": statistics.fmean(within),
@@ -221,11 +219,22 @@ def rows(folder: Path) -> list[dict[str, Any]]:
                 "ratio": statistics.fmean(within) / statistics.fmean(by_chance),
                 "better": "higher",
                 "epochs": reached,
-                "tasks": [cell["task"] for cell in own],
                 **common,
             }
         )
     return result
+
+
+def _compared(cell: dict[str, Any], task: Task, epochs: int) -> tuple[float, float, int | None, float]:
+    """Normalised regrets, after so many epochs and of random search after all; the epochs until the latter's quality, and how
+    likely random search has it after so many."""
+    target, final, untrained = task.of_random_search(FULL_TRIALS), task.losses[:, -1], task.losses.max()
+    found = best_after(cell, epochs)
+    regrets = [
+        ((untrained if loss is None else loss) - final.min()) / (untrained - final.min()) for loss in (found, target)
+    ]
+    by_chance = 1 - task.all_missed(int((final <= target).sum()), epochs // EPOCHS)
+    return regrets[0], regrets[1], epochs_to(cell, target), by_chance
 
 
 def main() -> None:
@@ -236,14 +245,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many; 0 only reports the runs on file")
     parser.add_argument("--tasks", type=int, nargs="+", choices=range(12), default=list(range(12)))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--budget", type=int, default=FULL_TRIALS * EPOCHS // 4, help="epochs of each search")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no search after so many")
     options = parser.parse_args()
     folder, begun = Path(options.data), time.monotonic()
-    done = {(c["task"], c["method"], c["seed"]) for c in read_cells(NAME) if c["budget"] >= options.budget}
-    for seed, index, method in itertools.product(range(options.seeds), options.tasks, options.methods):
+    done = {(cell["task"], cell["method"], cell["seed"]) for cell in read_cells(NAME)}
+    for seed, method, index in itertools.product(range(options.seeds), options.methods, options.tasks):
         if (index, method, seed) not in done and time.monotonic() - begun < 60 * options.minutes:
-            run_and_keep(folder, index, method, seed, options.budget)
+            run_and_keep(folder, index, method, seed, METHODS[method])
     write(NAME, rows(folder), {})
 
 

@@ -18,6 +18,7 @@ from bayesnn.bo import AutoSurrogate, Fidelity, Space, SurrogateSampler, When, a
 from bayesnn.bo.acquisition import FOR_SEVERAL, NAMES, Setting, acquisition as build
 from bayesnn.bo.at_resource import AtResource, ModelAtResource
 from bayesnn.bo.curves import observe_curves
+from bayesnn.bo.optimise import SpaceExhaustedError
 from bayesnn.bo.outcomes import outcomes_of
 from bayesnn.bo.suggest import _OnCodes, propose
 from bayesnn.processes import LearningCurveProcess
@@ -213,6 +214,21 @@ def test_several_objectives_and_other_things_are_refused() -> None:
         study.ask(GRID.distributions())
     with pytest.raises(TypeError, match="fidelity must be a Fidelity, found int"):
         SurrogateSampler("nngp", fidelity=81)  # type: ignore[arg-type]
+
+
+def test_what_is_left_out_of_the_fit_is_not_suggested_again() -> None:
+    """Of four configurations, at any resources, the model knows one, one is pending, one failed, and one was left out."""
+    space = AtResource(Space({"n": (1, 5)}), 2 / 3, 0.0)
+    X = torch.tensor([[0.0, t] for t in (0.0, 1 / 3, 2 / 3)]).double()
+    model = LearningCurveProcess(27.0, bounds=(0.0, 1.0), optimise=False).fit(X, -X[:, 1:])
+    pending, failed, others = (
+        torch.tensor([[code, t]]).double() for code, t in ((0.25, 1.0), (0.5, 1.0), (1.0, 1 / 3))
+    )
+    options = {"outcomes": outcomes_of(1, "minimize"), "pending": pending, "failed": failed, **QUICK}
+    proposal = propose(model, space, 1, others=others, **options)
+    assert proposal.codes.tolist() == [[0.75, pytest.approx(2 / 3)]]
+    with pytest.raises(SpaceExhaustedError):
+        propose(model, space, 2, others=others, **options)
 
 
 # What is pending, and where --------------------------------------------------------------------------------------------
