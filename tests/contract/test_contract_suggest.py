@@ -61,6 +61,12 @@ def cases(only=lambda problem, name: True):
 each_surrogate = pytest.mark.parametrize("surrogate", NAMES_OF_SURROGATES, ids=lambda name: f"<{name}>")
 
 
+@pytest.fixture(autouse=True)
+def few_places(monkeypatch):
+    """Among which draws, means and maxima are looked for: 256 would cost minutes, and promise the same."""
+    monkeypatch.setattr("bayesnn.bo.acquisition.PLACES", 32)
+
+
 def outputs(space, num_outputs):
     """Noiseless values at ten codes: waves, of which no two are alike."""
     codes = space.sobol(10, seed=0)
@@ -155,7 +161,8 @@ def test_nothing_is_gained_where_the_value_is_known_or_awaited(surrogate, proble
 def test_no_improvement_is_expected_where_a_noiseless_value_is_known(surrogate):
     """Over the best mean, which is then the best value."""
     codes, Y = outputs(SQUARE, 1)
-    model = bayesnn.surrogate(surrogate, likelihood=Gaussian(noise_std=1e-3)).fit(codes, Y)
+    options = {"widths": (8, 2), "num_steps": 50} if surrogate == "dkl" else {}
+    model = bayesnn.surrogate(surrogate, likelihood=Gaussian(noise_std=1e-3), **options).fit(codes, Y)
     function = built(model, "square", "one", "logei")
     with torch.no_grad():
         known, elsewhere = (function(X.unsqueeze(1)).exp() for X in (codes, SQUARE.sobol(32, seed=1)))
