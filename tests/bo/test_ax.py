@@ -221,9 +221,9 @@ def test_a_constraint_is_kept() -> None:
 
 
 def test_a_mixed_space_in_batches() -> None:
-    client = client_of({"x": (0.0, 1.0), "n": (1, 5), "kind": ["a", "b", "c"]}, "-loss")
+    client = client_of({"x": (0.0, 1.0), "n": (1, 5), "kind": ["a", "b", "c"]}, "-loss", num_startup=3)
     tried = search(client, lambda x, n, kind: {"loss": (x - 0.3) ** 2 + abs(n - 2) + (kind != "b")}, 6, q=3)
-    assert len({tuple(x.values()) for x in tried}) == 6 and by_surrogate(client) == [4, 5]
+    assert len({tuple(x.values()) for x in tried}) == 6 and by_surrogate(client) == [3, 4, 5]
     assert all(isinstance(x["n"], int) and x["kind"] in "abc" for x in tried)
 
 
