@@ -9,9 +9,10 @@ from typing import Any
 from optuna.storages import BaseStorage
 
 from bayesnn.bo.acquisition import Name
+from bayesnn.bo.chain import Surrogate
 from bayesnn.bo.outcomes import Direction
 from bayesnn.bo.result import Interrupted, Result, history_of, result_of
-from bayesnn.bo.sampler import Surrogate, SurrogateSampler
+from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
 from bayesnn.bo.study import Callback, Objective, open_study, quiet_optuna, run_trials
 

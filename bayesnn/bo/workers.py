@@ -13,11 +13,12 @@ from optuna.study import Study
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
+from bayesnn.bo.chain import Surrogate
 from bayesnn.bo.command import Command, Outcome, Runner
 from bayesnn.bo.minimize import startup_for
 from bayesnn.bo.outcomes import Direction
 from bayesnn.bo.result import Result, is_evaluation, result_of
-from bayesnn.bo.sampler import Surrogate, SurrogateSampler
+from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
 from bayesnn.bo.storage import HEARTBEAT_SECONDS, begin, release_own, requeue_orphans
 from bayesnn.bo.study import configuration_of, num_begun, open_study, quiet_optuna

@@ -164,7 +164,7 @@ def test_a_surrogate_that_fails_is_replaced_visibly(monkeypatch: pytest.MonkeyPa
     assert record["sampler"] == "surrogate" and record["surrogate"] == "gp" and record["acquisition"] == "lognei"
     assert record["fallback"] == "broken: LinAlgError: not positive definite"
     # Neither does the Gaussian process answer.
-    monkeypatch.setattr("bayesnn.bo.sampler.FALLBACK", "nngp")
+    monkeypatch.setattr("bayesnn.bo.chain.FALLBACK", "nngp")
     monkeypatch.setattr("bayesnn.processes.NNGP.fit", broken)
     with pytest.warns(BayesnnWarning, match="'nngp'"):
         study.optimize(objective, n_trials=1)
@@ -381,3 +381,19 @@ def test_a_function_may_have_a_models_name() -> None:
     )
     study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=4)
     assert calls == [2, 3]
+
+
+def test_a_diverged_run_does_not_hide_what_the_others_say() -> None:
+    """A value of 1e6 among values below 1 is drawn in: the suggestion stays near the minimum, by the surrogate itself."""
+    study = study_of(SurrogateSampler("pfn", num_startup=5, seed=0, space={"x": (0.0, 1.0)}))
+    for place in torch.linspace(0.05, 0.95, 14).tolist():
+        value = 1e6 if place > 0.9 else (place - 0.3) ** 2
+        distributions = Space({"x": (0.0, 1.0)}).distributions()
+        study.add_trial(optuna.create_trial(params={"x": place}, distributions=distributions, value=value))
+    trial = study.ask()
+    x = trial.suggest_float("x", 0.0, 1.0)
+    record = study.trials[-1].user_attrs
+    assert "fallback" not in record and record["num_drawn_in"] == 1
+    assert abs(x - 0.3) < 0.1
+    model = study.sampler.fit(study, Space({"x": (0.0, 1.0)}))
+    assert float(model.posterior(torch.tensor([[0.95]], dtype=torch.float64)).mean) < 10

@@ -1,0 +1,247 @@
+"""A surrogate, then BoTorch's Gaussian process, then the Sobol sequence: whichever answers first, with a record of how."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from botorch.models.model import Model as BotorchModel
+from optuna.study import Study, StudyDirection
+from torch import Tensor
+
+from bayesnn.bo.acquisition import check_acquisition
+from bayesnn.bo.auto import AutoSurrogate
+from bayesnn.bo.observations import Observations, observe
+from bayesnn.bo.optimise import SpaceExhaustedError, seen
+from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
+from bayesnn.bo.outliers import drawn_in
+from bayesnn.bo.space import Configuration, Space
+from bayesnn.bo.suggest import Proposal, check_reference_point, check_search, propose
+from bayesnn.data import BayesnnWarning
+from bayesnn.model import Model
+from bayesnn.registry import surrogate as surrogate_by_name
+
+FitFunction = Callable[[Tensor, Tensor], BotorchModel]
+Surrogate = str | Model | FitFunction
+
+
+FALLBACK = "gp"  # where a surrogate can't answer
+
+
+class Answer(NamedTuple):
+    """What to try, and how that was found: the trial's record."""
+
+    configuration: Configuration
+    record: dict[str, Any]
+
+
+class Chain:
+    """What answers for the trials of a study, from those before them.
+
+    Args:
+        surrogate, num_startup, seed: as in :class:`SurrogateSampler`.
+        search: the settings of :func:`suggest`, by name.
+
+    Raises:
+        TypeError, ValueError: for a surrogate that doesn't exist, and numbers that make no sense.
+    """
+
+    def __init__(self, surrogate: Surrogate, num_startup: int, seed: int, search: Mapping[str, Any]) -> None:
+        if num_startup < 1:
+            raise ValueError(f"num_startup must be at least 1, found {num_startup}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, found {seed}")
+        check_search(**search)
+        self.surrogate, self.num_startup, self.seed, self.search = surrogate, num_startup, seed, search
+        self.name, self._fit = _fitter(surrogate)
+        self._warned_of: set[str] = set()
+
+    def fit(self, study: Study, space: Space) -> BotorchModel:
+        """The surrogate, fitted to all finished trials of a study, outliers among the bad values drawn in.
+
+        Raises:
+            ValueError: if no trial has finished.
+        """
+        observations = observe(study, space)
+        if not len(observations.codes):
+            raise ValueError("no trial of this study has finished with a finite value, so there is nothing to fit")
+        values = drawn_in(observations.values, _outcomes(study, observations))
+        return self._fitted(space, observations._replace(values=values), self.seed, self._fit)
+
+    def _fitted(
+        self,
+        space: Space,
+        observations: Observations,
+        seed: int,
+        fit: Callable[[Tensor, Tensor, int], BotorchModel],
+    ) -> BotorchModel:
+        with warnings.catch_warnings():
+            # A category that hasn't been tried yet is a constant column, nothing to tell the user about at each trial.
+            warnings.filterwarnings("ignore", message="X: column", category=BayesnnWarning)
+            return fit(space.encode(observations.codes), observations.values, seed)
+
+    def answers(self, study: Study, space: Space, number: int, q: int) -> list[Answer]:
+        """What trial ``number`` and the q - 1 after it should try, jointly, and how that was found.
+
+        The surrogate is asked first, then BoTorch's Gaussian process, then the Sobol sequence.
+        """
+        start = time.perf_counter()
+        observations = observe(study, space, exclude=number)
+        record: dict[str, Any] = {
+            "num_observed": len(observations.codes),
+            "num_pending": len(observations.pending),
+            "num_failed": len(observations.failed),
+        }
+        self._tell_what_is_left_out(observations, record)
+        outcomes = _outcomes(study, observations)
+        # What the caller got wrong is the caller's to mend; only what a surrogate can't do is made up for.
+        check_acquisition(self.search["acquisition"], outcomes)
+        check_reference_point(self.search["reference_point"], outcomes)
+        values = drawn_in(observations.values, outcomes)
+        num_drawn_in = int((values != observations.values).any(-1).sum())
+        if num_drawn_in:
+            record["num_drawn_in"] = num_drawn_in
+        observations, found = observations._replace(values=values), None
+        if len(observations.codes) >= self.num_startup:
+            found = self._by_surrogate(space, observations, outcomes, number, q, record)
+        if found is None:
+            record["sampler"] = "sobol"
+            codes, records = self._sobol(space, observations, number, q), [dict(record) for _ in range(q)]
+        else:
+            record["sampler"] = "surrogate"
+            codes = found.codes
+            records = [
+                record | {"acquisition": found.acquisition, "acquisition_value": value} for value in found.values
+            ]
+        seconds = round((time.perf_counter() - start) / q, 6)
+        configurations = space.configurations(codes)
+        return [
+            Answer(configuration, each | {"suggest_seconds": seconds})
+            for configuration, each in zip(configurations, records, strict=True)
+        ]
+
+    def _by_surrogate(
+        self, space: Space, observations: Observations, outcomes: Outcomes, number: int, q: int, record: dict[str, Any]
+    ) -> Proposal | None:
+        fitters = [(self.name, self._fit)]
+        if self.surrogate != FALLBACK:
+            fitters.append((FALLBACK, _fitter(FALLBACK)[1]))
+        for name, fit in fitters:
+            record["surrogate"] = name
+            try:
+                return self._propose(fit, space, observations, outcomes, number, q, record)
+            except SpaceExhaustedError as error:  # another surrogate won't find more
+                reason = _note_fallback(record, name, error)
+                message = f"trial {number} repeats an earlier configuration: {reason}"
+                warnings.warn(message, BayesnnWarning, stacklevel=2)
+                return None
+            except Exception as error:
+                self._give_up(number, name, error, record)
+        return None
+
+    def _tell_what_is_left_out(self, observations: Observations, record: dict[str, Any]) -> None:
+        """In the record, and once as a warning."""
+        told: dict[str, tuple[Any, str]] = {}
+        if observations.ignored:
+            names = list(observations.ignored)
+            message = f"not all finished trials have the constraint(s) {', '.join(names)}: no suggestion looks at them"
+            told["constraints_ignored"] = (names, message)
+        if observations.num_outside:
+            message = f"finished trials outside the space, which are left out: {observations.num_outside}"
+            told["num_outside"] = (observations.num_outside, message)
+        for name, (value, message) in told.items():
+            record[name] = value
+            if name not in self._warned_of:
+                self._warned_of.add(name)
+                warnings.warn(message, BayesnnWarning, stacklevel=2)
+
+    def _give_up(self, number: int, name: str, error: Exception, record: dict[str, Any]) -> None:
+        reason = _note_fallback(record, name, error)
+        warnings.warn(
+            f"trial {number} is suggested by something simpler, because the surrogate {name!r} couldn't answer: {reason}",
+            BayesnnWarning,
+            stacklevel=2,
+        )
+
+    def _propose(
+        self,
+        fit: Callable[[Tensor, Tensor, int], BotorchModel],
+        space: Space,
+        observations: Observations,
+        outcomes: Outcomes,
+        number: int,
+        q: int,
+        record: dict[str, Any],
+    ) -> Proposal:
+        seed = _seed(self.seed, number)
+        start = time.perf_counter()
+        model = self._fitted(space, observations, seed, fit)
+        record["fit_seconds"] = round(time.perf_counter() - start, 6)
+        if isinstance(fit, AutoSurrogate):
+            record |= fit.record(space.encode(observations.codes), observations.values)
+        return propose(
+            model,
+            space,
+            q,
+            outcomes=outcomes,
+            pending=observations.pending,
+            failed=observations.failed,
+            seed=seed,
+            **self.search,
+        )
+
+    def _sobol(self, space: Space, observations: Observations, number: int, q: int) -> Tensor:
+        """Each trial's own point of the sequence or, where that is known already, the first later one that isn't."""
+        known = torch.cat([observations.codes, observations.pending, observations.failed])
+        chosen = known[:0]
+        for index in range(q):
+            taken = torch.cat([known, chosen])
+            points = space.sobol(64 if space.size < float("inf") else 1, self.seed, skip=number + index)
+            new = points[~seen(points, taken)] if len(taken) else points
+            chosen = torch.cat([chosen, (new if len(new) else points)[:1]])
+        return chosen
+
+
+def _fitter(surrogate: Any) -> tuple[str, Callable[[Tensor, Tensor, int], BotorchModel]]:
+    """A surrogate's name, and how it is fitted to features, values and a seed."""
+    if surrogate == "auto":
+        surrogate = AutoSurrogate()
+    if isinstance(surrogate, AutoSurrogate):
+        return "auto", surrogate
+    if isinstance(surrogate, str):
+        model, name = surrogate_by_name(surrogate), surrogate
+    elif isinstance(surrogate, Model):
+        model, name = surrogate, type(surrogate).__name__
+    elif callable(surrogate) and not isinstance(surrogate, BotorchModel):
+        return getattr(surrogate, "__name__", repr(surrogate)), lambda X, Y, seed: surrogate(X, Y)
+    else:
+        raise TypeError(
+            "surrogate must be a name, an unfitted bayesnn model or a function (X, Y) -> fitted BoTorch model, "
+            f"found {type(surrogate).__name__}"
+        )
+    return name, lambda X, Y, seed: copy.deepcopy(model).fit(X, Y, seed=seed)
+
+
+def _note_fallback(record: dict[str, Any], name: str, error: Exception) -> str:
+    """Why a surrogate couldn't answer, after what is noted of those before it."""
+    reason = f"{type(error).__name__}: {error}"
+    record["fallback"] = f"{record['fallback']}; {name}: {reason}" if "fallback" in record else f"{name}: {reason}"
+    return reason
+
+
+def _outcomes(study: Study, observations: Observations) -> Outcomes:
+    num_objectives, num_limits = len(study.directions), len(observations.constraints)
+    limits: dict[int, Limit] = {num_objectives + k: ("<=", 0.0) for k in range(num_limits)}
+    directions: list[Direction] = [
+        "maximize" if direction is StudyDirection.MAXIMIZE else "minimize" for direction in study.directions
+    ]
+    return outcomes_of(num_objectives + num_limits, directions, limits)
+
+
+def _seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
