@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import random
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import torch
 from botorch.models import SingleTaskGP
 from botorch.models.model import Model as BotorchModel
 from optuna.trial import TrialState
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from bayesnn import NNGP
 from bayesnn.bo import AutoSurrogate, Space, SurrogateSampler, When
+from bayesnn.bo.optimise import local_randomness
 from bayesnn.bo.study import configuration_of
 
 DEFINITION = {"x": (0.0, 1.0), "n": (1, 5), "kind": ["a", "b"]}
@@ -54,6 +59,18 @@ def test_threads_share_a_sampler() -> None:
     assert records[-1]["sampler"] == "surrogate" and "fallback" not in records[-1]
     # Each saw what the other was at.
     assert all(record["num_observed"] + record["num_pending"] >= index - 1 for index, record in enumerate(records))
+
+
+def test_threads_do_not_share_random_numbers() -> None:
+    def draws(seed: int) -> list[float]:
+        with local_randomness(seed):
+            first = torch.rand(1).item() + random.random()
+            time.sleep(0.05)  # for another thread to come in
+            return [first, torch.rand(1).item() + random.random()]
+
+    alone = [draws(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(draws, range(4))) == alone
 
 
 @pytest.mark.filterwarnings("ignore:'(n|kind)' of trial 5 is drawn uniformly")
