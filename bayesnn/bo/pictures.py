@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from optuna.study import Study, StudyDirection
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from bayesnn.bo.observations import Observations
 from bayesnn.bo.parameters import Categorical, Parameter, all_codes
@@ -36,6 +36,11 @@ def objective_names(study: Study) -> list[str]:
     return ["value"] if count == 1 else [f"value {index + 1}" for index in range(count)]
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether a finished trial keeps its constraints."""
+    return all(excess <= 0 for excess in trial.constraints.values())
+
+
 def ticks(axis: Axis, parameter: Parameter) -> None:
     """Label an axis of codes with a parameter's values."""
     if isinstance(parameter, Categorical) or parameter.num_values <= 6:
@@ -56,9 +61,14 @@ def convergence(study: Study) -> Figure:
     for k, axes in enumerate(figure.subplots(len(names), 1, squeeze=False).flat):
         points = [(trial.number, trial.values[k]) for trial in finished if np.isfinite(trial.values[k])]
         numbers, values = np.array(points, dtype=float).reshape(-1, 2).T
-        better = np.maximum if study.directions[k] is StudyDirection.MAXIMIZE else np.minimum
-        axes.plot(numbers, values, "o", color=NEUTRAL, markersize=4, label="finished trial")
-        axes.step(numbers, better.accumulate(values), where="post", color=TOTAL, linewidth=1.8, label="best so far")
+        better = np.fmax if study.directions[k] is StudyDirection.MAXIMIZE else np.fmin
+        kept = np.array([is_feasible(trial) for trial in finished if np.isfinite(trial.values[k])], dtype=bool)
+        axes.plot(numbers[kept], values[kept], "o", color=NEUTRAL, markersize=4, label="finished trial")
+        if not kept.all():
+            open_circles = {"color": NEUTRAL, "fillstyle": "none", "markersize": 4}
+            axes.plot(numbers[~kept], values[~kept], "o", label="breaks a constraint", **open_circles)
+        best = better.accumulate(np.where(kept, values, np.nan))
+        axes.step(numbers, best, where="post", color=TOTAL, linewidth=1.8, label="best so far")
         if failed:
             axes.plot(
                 failed, [0.02] * len(failed), "x", color=EPISTEMIC, transform=axes.get_xaxis_transform(), label="failed"

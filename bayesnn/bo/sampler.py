@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bayesnn.bo.acquisition import Name
 from bayesnn.bo.chain import Answer, Chain, Surrogate
 from bayesnn.bo.space import Space
+from bayesnn.bo.writing import write
 from bayesnn.data import BayesnnWarning
 
 
@@ -105,7 +106,7 @@ class SurrogateSampler(BaseSampler):
             return {}
         space = Space.from_distributions(search_space) if self.space is None else self.space
         (answer,) = self.answers(study, space, trial.number, 1)
-        _write(study, trial, answer.record)
+        write(study._storage, trial._trial_id, answer.record)
         return answer.configuration
 
     def sample_independent(
@@ -114,7 +115,7 @@ class SurrogateSampler(BaseSampler):
         """A value drawn uniformly, for a parameter that not all finished trials have."""
         current = study._storage.get_trial(trial._trial_id)
         alone = [*current.user_attrs.get("independent", []), param_name]
-        _write(study, trial, {"independent": alone})
+        write(study._storage, trial._trial_id, {"independent": alone})
         num_finished = len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
         if num_finished >= self.num_startup and param_name not in self._warned_of:
             self._warned_of.add(param_name)
@@ -143,8 +144,3 @@ class SurrogateSampler(BaseSampler):
     def answers(self, study: Study, space: Space, number: int, q: int) -> list[Answer]:
         """What trial ``number`` and the q - 1 after it should try, jointly, and how that was found."""
         return self.chain.answers(study, space, number, q)
-
-
-def _write(study: Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> None:
-    for name, value in attributes.items():
-        study._storage.set_trial_user_attr(trial._trial_id, name, value)
