@@ -4,6 +4,7 @@ from bayesnn.bo.ask import ask
 from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.bandit import NeuralBandit
 from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement, probability_of_improvement, quantile
+from bayesnn.bo.executors import RayExecutor
 from bayesnn.bo.exploration import fast_cb, square_cb
 from bayesnn.bo.fidelity import Fidelity
 from bayesnn.bo.gradient_policies import NeuralThompson, NeuralUCB
@@ -13,6 +14,7 @@ from bayesnn.bo.regression_policies import NeuFastCB, NeuSquareCB
 from bayesnn.bo.result import Evaluation, Interrupted, Result
 from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
+from bayesnn.bo.stopping import little_expected, no_improvement
 from bayesnn.bo.suggest import SpaceExhaustedError, suggest
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "NeuralThompson",
     "NeuralUCB",
     "Ordinal",
+    "RayExecutor",
     "Result",
     "Space",
     "SpaceExhaustedError",
@@ -34,9 +37,11 @@ __all__ = [
     "When",
     "ask",
     "fast_cb",
+    "little_expected",
     "log_expected_improvement",
     "maximize",
     "minimize",
+    "no_improvement",
     "probability_of_improvement",
     "quantile",
     "square_cb",

@@ -16,30 +16,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from bayesnn.bo.attempt import Attempt
 from bayesnn.bo.space import Space
 
 # How much of an output's end is looked at, bytes.
 TAIL = 2**20
 
 _PLACE = re.compile(r"(?P<open>\{\{)|(?P<close>\}\})|\{(?P<name>[^{}]*)\}|(?P<stray>[{}])")
-
-
-class Outcome(NamedTuple):
-    """What a run of the command gave.
-
-    Fields:
-        value: the metric; None if the run failed.
-        others: the other finite numbers of the same JSON line, by name.
-        failure: why it failed; None if it didn't.
-        seconds: how long it took.
-    """
-
-    value: float | None
-    others: dict[str, float]
-    failure: str | None
-    seconds: float
 
 
 class Command:
@@ -119,22 +104,23 @@ class Runner:
         self.command, self.metric, self.timeout = command, metric, timeout
         self._lock, self._running, self._stopped = threading.Lock(), set[subprocess.Popen[bytes]](), False
 
-    def run(self, x: Mapping[str, Any], folder: Path) -> Outcome:
+    def run(self, x: Mapping[str, Any], folder: Path) -> Attempt:
         """Run the command for a configuration; ``stdout.txt`` and ``stderr.txt`` in the folder keep what it says."""
         start = time.perf_counter()
-        value, others, failure = None, dict[str, float](), None
+        numbers, others, failure = None, dict[str, float](), None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             ending = self._wait(x, folder)
             if ending is None:
                 value, others = self._read(folder / "stdout.txt")
+                numbers = {self.metric: value}
             else:
                 failure = ending + _last_words(folder / "stderr.txt")
         except ValueError as error:
             failure = f"{error}{_last_words(folder / 'stderr.txt')}"
         except OSError as error:
             failure = f"it couldn't be run: {error}"
-        return Outcome(value, others, failure, time.perf_counter() - start)
+        return Attempt(numbers, time.perf_counter() - start, failure, others)
 
     def stop(self) -> None:
         """Kill every run, and begin no other."""

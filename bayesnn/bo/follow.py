@@ -2,53 +2,53 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
-from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
+from bayesnn.bo.attempt import Call, EndedEarly
 from bayesnn.bo.fidelity import Fidelity
+from bayesnn.bo.goals import Goals
+from bayesnn.bo.space import Configuration
 
 
-def follow(curve: Generator[Any, None, Any], trial: Trial, fidelity: Fidelity) -> Any:
+def followed(call: Call, trial: Trial, fidelity: Fidelity) -> Call:
+    """The call of a function that may yield, as one of a function that returns, see :func:`follow`."""
+
+    def f(x: Configuration) -> Any:
+        returned = call.f(x)
+        return follow(returned, trial, fidelity, call.goals) if isinstance(returned, Generator) else returned
+
+    return call._replace(f=f)
+
+
+def follow(curve: Generator[Any, None, Any], trial: Trial, fidelity: Fidelity, goals: Goals) -> Any:
     """Report each value that a generator yields, the first at resource 1, and stop drawing where the trial is pruned.
 
     The generator is closed in any case, so that its ``finally`` blocks run. What it has yielded stays in the study's storage.
 
     Args:
-        curve: yields one value after each unit of resource.
-        trial: that reports them.
+        curve: yields the objective after each unit of resource, as a function returns it.
+        trial: that reports it.
         fidelity: after whose whole resource nothing more is drawn.
+        goals: one objective, and perhaps limits.
 
     Returns:
-        The last value; None if there was none. One that isn't a finite number is returned at once, unreported.
-
-    Raises:
-        TrialPruned: if the pruner says so.
+        What was yielded last, None if nothing was, or :class:`EndedEarly`. What isn't what the goals want is returned at once,
+        unreported.
     """
     value: Any = None
     with closing(curve):
         for resource, value in enumerate(curve, 1):
-            number = finite(value)
-            if number is None:
+            try:
+                (number,) = goals.values(goals.read(value))
+            except ValueError:
                 return value
             trial.report(number, resource)
             if resource == fidelity.max_resource:
                 return value
             if trial.should_prune():
-                raise TrialPruned(f"after {resource} of {fidelity.max_resource}")
+                return EndedEarly(value)
     return value
-
-
-def finite(returned: Any) -> float | None:
-    """A number, or an array or tensor of one, as a float; None for anything else."""
-    if isinstance(returned, (str, bytes, bytearray)) or returned is None:
-        return None
-    try:
-        value = float(returned.item() if hasattr(returned, "item") else returned)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-    return value if math.isfinite(value) else None

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 from optuna.storages import BaseStorage
 
-from bayesnn.bo.acquisition import Name
+from bayesnn.bo.acquisition import Name, check_acquisition
+from bayesnn.bo.attempt import Call, Objective
 from bayesnn.bo.chain import Surrogate
+from bayesnn.bo.children import Children
+from bayesnn.bo.executors import Here, OnExecutor
 from bayesnn.bo.fidelity import Fidelity
-from bayesnn.bo.outcomes import Direction
+from bayesnn.bo.goals import Goals, Objectives
+from bayesnn.bo.loop import Callback, Workers, run_trials
+from bayesnn.bo.outcomes import Limit, outcomes_of
 from bayesnn.bo.result import Interrupted, Result, history_of, result_of
 from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
-from bayesnn.bo.study import Callback, Objective, open_study, quiet_optuna, run_trials
+from bayesnn.bo.study import open_study, quiet_optuna
+from bayesnn.bo.suggest import check_reference_point
+from bayesnn.checks import count, positive
 
 
 def minimize(
     f: Objective,
     space: Space | Mapping[str, Any],
     *,
+    objectives: Objectives | None = None,
+    constraints: Mapping[str, Limit] | None = None,
     fidelity: Fidelity | None = None,
     surrogate: Surrogate = "nngp",
     acquisition: Name = "auto",
+    reference_point: Sequence[float] | None = None,
     num_trials: int = 30,
     seed: int = 0,
     storage: str | Path | BaseStorage | None = None,
     study_name: str = "bayesnn",
     num_startup: int | None = None,
+    num_workers: int = 1,
+    executor: Executor | Any = None,
+    evaluation_timeout: float | None = None,
     progress: bool = False,
     timeout: float | None = None,
     callbacks: Sequence[Callback] = (),
@@ -38,21 +52,30 @@ def minimize(
 ) -> Result:
     """Look for the configuration with the lowest value of an expensive function.
 
-    An evaluation fails if f raises, or returns anything but a finite number. It is reported, never fitted, never repeated;
-    it counts as a trial. With ``storage``, every evaluation is kept as soon as it is there, and the same call goes on
-    where an earlier one stopped or was killed: it runs what is missing to ``num_trials`` in total, and evaluations that
-    were cut off once more (each at most three times more). The same call in several processes at once shares the work;
-    the last trials of each may then exceed the number.
+    An evaluation fails if f raises, takes too long, or returns anything but what is wanted: a finite number, or with
+    ``objectives`` finite numbers by name or in order. It is reported, never fitted, never repeated; it counts as a trial. With
+    ``storage``, every evaluation is kept as soon as it is there, and the same call goes on where an earlier one stopped or was
+    killed: it runs what is missing to ``num_trials`` in total, and evaluations that were cut off once more (each at most three
+    times more). The same call in several processes at once shares the work; the last trials of each may then exceed the
+    number.
+
+    Several evaluations run at once with ``num_workers``: a new one is suggested as soon as one ends, with those still running
+    as pending. By default each worker is a process of this machine; with ``executor`` they run there. A worker that dies
+    costs one trial, which is tried again. Which trials are suggested then depends on which evaluations end first.
 
     Args:
         f: the objective, called with one dict, the configuration: ``f({"x": 0.3, "n": 4, "kind": "a"})``.
         space: the search space, see :class:`Space`.
+        objectives: several, or one with a name: ``{"loss": "minimize", "accuracy": "maximize"}``, where f returns a dict with
+            these names; or a list of directions, where f returns a sequence.
+        constraints: limits that other entries of that dict must keep, ``{"memory": ("<=", 4.0)}``; they are modelled too.
         fidelity: for an f that yields its value after each unit of resource, how many there are, and when it is asked no
             more: ``Fidelity(max_resource=81)``. The last value of those that get to the end is what counts. Evaluations
-            that are ended early are trials, too; what they yielded is modelled, see :class:`SurrogateSampler`.
+            that are ended early are trials, too; what they yielded is modelled, see :class:`SurrogateSampler`. For one
+            objective, and one evaluation at once (several processes may share a study).
         surrogate: a name among ``bayesnn.surrogates()``, "auto" for the one of several that predicts best, an unfitted
             model, or a function from features and values to a fitted BoTorch model.
-        acquisition: as in :func:`suggest`.
+        acquisition, reference_point: as in :func:`suggest`.
         num_trials: how many evaluations in total, with those already in the storage. A finite space has no more than its
             configurations.
         seed: of every random draw; the same seed and values give the same configurations.
@@ -60,9 +83,13 @@ def minimize(
         study_name: the study's name in the storage.
         num_startup: evaluations of a Sobol sequence before the surrogate; by default a third of the trials, at least
             3, at most 10.
-        progress: show a progress bar.
+        num_workers: how many evaluations at once.
+        executor: of ``concurrent.futures``, a Dask client or a :class:`RayExecutor`, with so many workers or more.
+        evaluation_timeout: seconds after which an evaluation is killed, and has failed. It then runs in a process of its own.
+        progress: show a progress bar, with the best value.
         timeout: start no evaluation after so many seconds.
-        callbacks: called as ``callback(study, trial)`` after every evaluation; ``study.stop()`` stops.
+        callbacks: called as ``callback(study, trial)`` after every evaluation; ``study.stop()`` stops. :func:`no_improvement`
+            and :func:`little_expected` make such.
         catch: exceptions of f that count as a failed evaluation; others end the optimisation.
 
     Returns:
@@ -70,9 +97,10 @@ def minimize(
 
     Raises:
         TypeError, ValueError: for arguments that make no sense, before anything is evaluated; also for a storage that
-            can't be used and for a stored study with another space or direction.
-        RuntimeError: if no evaluation succeeded.
-        Interrupted: a KeyboardInterrupt with the result so far.
+            can't be used, for a stored study with another space or other goals, and for a function that can't be sent
+            to other processes.
+        RuntimeError: if no evaluation succeeded, or workers die again and again.
+        Interrupted: a KeyboardInterrupt with the result so far. What was running will be run again.
 
     Example:
         >>> def f(x):
@@ -85,34 +113,59 @@ def minimize(
         ...         yield loss_after_one_more_epoch(x)
         >>> minimize(f, {"rate": (1e-5, 1e-1, "log")}, fidelity=Fidelity(81), num_trials=100)
     """
-    search = {"surrogate": surrogate, "acquisition": acquisition, "num_startup": num_startup, "seed": seed}
-    search["fidelity"] = fidelity
-    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch, "fidelity": fidelity}
-    return _optimize("minimize", f, space, num_trials, search, (storage, study_name), trials)
+    goals = Goals.of("minimize", objectives, constraints)
+    search = {
+        "surrogate": surrogate,
+        "acquisition": acquisition,
+        "reference_point": reference_point,
+        "fidelity": fidelity,
+        "num_startup": num_startup,
+        "seed": seed,
+    }
+    work = {"num_workers": num_workers, "executor": executor, "timeout": evaluation_timeout}
+    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks}
+    return _optimize(f, goals, space, num_trials, catch, search, (storage, study_name), work, trials)
 
 
 def maximize(
     f: Objective,
     space: Space | Mapping[str, Any],
     *,
+    objectives: Objectives | None = None,
+    constraints: Mapping[str, Limit] | None = None,
     fidelity: Fidelity | None = None,
     surrogate: Surrogate = "nngp",
     acquisition: Name = "auto",
+    reference_point: Sequence[float] | None = None,
     num_trials: int = 30,
     seed: int = 0,
     storage: str | Path | BaseStorage | None = None,
     study_name: str = "bayesnn",
     num_startup: int | None = None,
+    num_workers: int = 1,
+    executor: Executor | Any = None,
+    evaluation_timeout: float | None = None,
     progress: bool = False,
     timeout: float | None = None,
     callbacks: Sequence[Callback] = (),
     catch: tuple[type[Exception], ...] = (Exception,),
 ) -> Result:
-    """Look for the configuration with the highest value; everything else as in :func:`minimize`."""
-    search = {"surrogate": surrogate, "acquisition": acquisition, "num_startup": num_startup, "seed": seed}
-    search["fidelity"] = fidelity
-    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch, "fidelity": fidelity}
-    return _optimize("maximize", f, space, num_trials, search, (storage, study_name), trials)
+    """Look for the configuration with the highest value; everything else as in :func:`minimize`.
+
+    ``objectives`` have directions of their own, the same in both.
+    """
+    goals = Goals.of("maximize", objectives, constraints)
+    search = {
+        "surrogate": surrogate,
+        "acquisition": acquisition,
+        "reference_point": reference_point,
+        "fidelity": fidelity,
+        "num_startup": num_startup,
+        "seed": seed,
+    }
+    work = {"num_workers": num_workers, "executor": executor, "timeout": evaluation_timeout}
+    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks}
+    return _optimize(f, goals, space, num_trials, catch, search, (storage, study_name), work, trials)
 
 
 def startup_for(num_trials: int) -> int:
@@ -121,40 +174,73 @@ def startup_for(num_trials: int) -> int:
 
 
 def _optimize(
-    direction: Direction,
     f: Objective,
+    goals: Goals,
     space: Space | Mapping[str, Any],
     num_trials: int,
+    catch: tuple[type[Exception], ...],
     search: dict[str, Any],
     kept: tuple[str | Path | BaseStorage | None, str],
+    work: dict[str, Any],
     trials: dict[str, Any],
 ) -> Result:
     if not callable(f):
         raise TypeError(f"f must be a function of a configuration, found {type(f).__name__}")
-    if inspect.isgeneratorfunction(f) and trials["fidelity"] is None:
+    if inspect.isgeneratorfunction(f) and search["fidelity"] is None:
         raise TypeError("f yields values: say with fidelity=Fidelity(max_resource=…) how many there are")
     space = space if isinstance(space, Space) else Space(space)
     if not isinstance(num_trials, int) or num_trials < 1:
         raise ValueError(f"num_trials must be a whole number, at least 1, found {num_trials!r}")
     if trials["timeout"] is not None and not trials["timeout"] > 0:
         raise ValueError(f"timeout must be positive, found {trials['timeout']}")
-    catch = trials["catch"]
     if not isinstance(catch, tuple) or not all(isinstance(e, type) and issubclass(e, Exception) for e in catch):
         raise TypeError(f"catch must be a tuple of exception classes, found {catch!r}")
     if search["num_startup"] is None:
         search["num_startup"] = startup_for(num_trials)
     sampler = SurrogateSampler(space=space, **search)
+    _check_search(goals, sampler)
+    workers = _workers(Call(f, goals, catch), search["fidelity"], **work)
     with quiet_optuna():
-        study = open_study(direction, space, sampler, *kept)
-        if trials["fidelity"] is not None:
-            trials["fidelity"].attach(study)
+        study = open_study(goals, space, sampler, *kept)
+        if search["fidelity"] is not None:
+            search["fidelity"].attach(study)
         try:
-            run_trials(study, f, space, num_trials, **trials)
+            run_trials(study, space, goals, workers, num_trials, **trials)
         except KeyboardInterrupt as interrupt:
-            history = history_of(study, space)
-            succeeded = any(evaluation.value is not None for evaluation in history)
+            history = history_of(study, space, goals)
+            succeeded = any(evaluation.outcomes for evaluation in history)
             raise Interrupted(
                 f"stopped after {len(history)} of {num_trials} evaluations; what was found is this exception's result",
-                result_of(study, space, sampler) if succeeded else None,
+                result_of(study, space, sampler, goals) if succeeded else None,
             ) from interrupt
-        return result_of(study, space, sampler)
+        return result_of(study, space, sampler, goals)
+
+
+def _check_search(goals: Goals, sampler: SurrogateSampler) -> None:
+    """Whether the acquisition function and the reference point are right for the goals."""
+    directions = list(goals.directions.values())
+    limits = {len(directions) + k: limit for k, limit in enumerate(goals.limits.values())}
+    outcomes = outcomes_of(len(goals.names), directions, limits)
+    check_acquisition(sampler.chain.search["acquisition"], outcomes)
+    check_reference_point(sampler.chain.search["reference_point"], outcomes)
+
+
+def _workers(call: Call, fidelity: Fidelity | None, num_workers: int, executor: Any, timeout: float | None) -> Workers:
+    """Where evaluations happen."""
+    count("num_workers", num_workers)
+    if timeout is not None:
+        positive("evaluation_timeout", timeout)
+    if fidelity is not None:
+        if (num_workers, executor, timeout) != (1, None, None):
+            raise ValueError(
+                "fidelity follows evaluations in this thread, without num_workers, executor and evaluation_timeout: to run "
+                "several at once, make the same call in several processes, with one storage"
+            )
+        if len(call.goals.directions) > 1:
+            raise ValueError(f"fidelity is for one objective, found {', '.join(call.goals.directions)}")
+        return Here(call, fidelity)
+    if executor is not None:
+        return OnExecutor(call, executor, num_workers, timeout)
+    if num_workers == 1 and timeout is None:
+        return Here(call)
+    return Children(call, num_workers, timeout)

@@ -36,9 +36,9 @@ def objective_names(study: Study) -> list[str]:
     return ["value"] if count == 1 else [f"value {index + 1}" for index in range(count)]
 
 
-def keeps_constraints(trial: FrozenTrial) -> bool:
-    """Whether a finished trial keeps all the constraints that it has set; they are kept where the value is at most 0."""
-    return all(value <= 0 for value in trial.constraints.values())
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether a finished trial keeps its constraints."""
+    return all(excess <= 0 for excess in trial.constraints.values())
 
 
 def ticks(axis: Axis, parameter: Parameter) -> None:
@@ -76,7 +76,7 @@ def convergence(study: Study) -> Figure:
 
 def _points(trials: Sequence[FrozenTrial], objective: int, kept: bool) -> np.ndarray:
     """Numbers and values (2, n) of those that keep their constraints, or of those that don't."""
-    points = [(t.number, t.values[objective]) for t in trials if keeps_constraints(t) is kept]
+    points = [(t.number, t.values[objective]) for t in trials if is_feasible(t) is kept]
     return np.array(points, dtype=float).reshape(-1, 2).T
 
 
@@ -147,10 +147,10 @@ def trade_offs(study: Study) -> Figure:
     figure = Figure(figsize=(6 * len(pairs), 4.6), layout="constrained")
     for axes, (i, j) in zip(figure.subplots(1, len(pairs), squeeze=False).flat, pairs, strict=True):
         for inside, color, text in ((False, NEUTRAL, "finished trial"), (True, OBSERVED, "Pareto front")):
-            chosen = [t.values for t in finished if keeps_constraints(t) and (t.number in front) is inside]
+            chosen = [t.values for t in finished if is_feasible(t) and (t.number in front) is inside]
             points = np.array(chosen, dtype=float).reshape(-1, len(names))
             axes.plot(points[:, i], points[:, j], "o", color=color, markersize=5, label=text)
-        broken = np.array([t.values for t in finished if not keeps_constraints(t)], dtype=float).reshape(-1, len(names))
+        broken = np.array([t.values for t in finished if not is_feasible(t)], dtype=float).reshape(-1, len(names))
         _mark_broken(axes, broken[:, i], broken[:, j])
         axes.set(xlabel=label(names[i]), ylabel=label(names[j]))
         axes.legend(frameon=False)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from matplotlib.figure import Figure
 from optuna.exceptions import OptunaError
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
@@ -26,7 +25,7 @@ from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
 from bayesnn.bo.storage import open_storage
 from bayesnn.bo.study import quiet_optuna
-from bayesnn.bo.surrogate_pictures import MAX_PAIRED, View, pairs, slices
+from bayesnn.bo.surrogate_pictures import MAX_PAIRED, pairs, slices, view_of
 from bayesnn.data import BayesnnWarning
 from bayesnn.report import Rows, html
 
@@ -195,11 +194,8 @@ def _surrogate_figures(
         "function, without the noise of one evaluation."
     )
     figures = {}
-    for k, (name, direction) in enumerate(zip(objective_names(study), study.directions, strict=True)):
-        merits = observations.values[:, k] * (1 if direction is StudyDirection.MAXIMIZE else -1)
-        kept = (observations.values[:, len(study.directions) :] <= 0).all(1)
-        best = int(torch.where(kept | ~kept.any(), merits, -torch.inf).argmax())
-        view = View(model, space, observations, k, best)
+    for k, name in enumerate(objective_names(study)):
+        view = view_of(model, study, space, observations, k)
         by_importance = list(shares.get(name, space.names))
         figures[f"Surrogate of {name} along each parameter: mean ± 2 standard deviations"] = slices(
             view, space.names, name

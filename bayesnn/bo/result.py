@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 from botorch.models.model import Model as BotorchModel
-from optuna.study import Study, StudyDirection
+from botorch.utils.multi_objective.hypervolume import Hypervolume, infer_reference_point
+from botorch.utils.multi_objective.pareto import is_non_dominated
+from matplotlib.figure import Figure
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
 
+from bayesnn.bo.goals import Goals
+from bayesnn.bo.observations import observe
+from bayesnn.bo.pictures import convergence, is_feasible, trade_offs
+from bayesnn.bo.recovery import MAX_RETRIES, num_retries
 from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Configuration, Space
-from bayesnn.bo.storage import MAX_RETRIES, num_retries
+from bayesnn.bo.surrogate_pictures import MAX_PAIRED, pairs, slices, view_of
 from bayesnn.data import BayesnnWarning
 
 
@@ -26,9 +35,11 @@ class Evaluation:
     Fields:
         number: the trial's.
         x: the configuration.
-        value: what the objective returned; None if it failed, or was ended early.
+        value: what the objective returned; None if it failed or was ended early, and where there are several objectives.
         seconds: how long it took, without the choice of the configuration.
         failure: why it failed; None if it didn't.
+        outcomes: every objective and every limited outcome by name; empty if there is no value.
+        feasible: whether it has values and keeps all constraints.
         pruned: whether it was ended early, because what it had reported didn't promise enough.
         curve: what it reported on the way, by the resource spent until then.
     """
@@ -38,6 +49,8 @@ class Evaluation:
     value: float | None
     seconds: float
     failure: str | None
+    outcomes: dict[str, float] = field(default_factory=dict)
+    feasible: bool = True
     pruned: bool = False
     curve: Mapping[int, float] = field(default_factory=dict)
 
@@ -47,20 +60,68 @@ class Result:
     """What an optimisation found.
 
     Fields:
-        x: the best configuration.
-        value: its value.
         history: every evaluation, in order, the failed ones too.
+        goals: the objectives and constraints.
         space: the search space.
         study: the Optuna study, for its plots and for going on.
         sampler: what chose the configurations.
     """
 
-    x: Configuration
-    value: float
     history: tuple[Evaluation, ...]
+    goals: Goals
     space: Space
     study: Study
     sampler: SurrogateSampler = field(compare=False)
+
+    @property
+    def best(self) -> Evaluation:
+        """The best evaluation of one objective among those that keep the constraints.
+
+        If none does, it is the one that breaks them least: with the smallest sum of excesses, each as a share of the largest
+        excess found.
+
+        Raises:
+            ValueError: if there are several objectives: none need be the best at all of them, see :attr:`front`.
+        """
+        if len(self.goals.directions) > 1:
+            raise ValueError(f"there is no single best for {', '.join(self.goals.directions)}: see the result's front")
+        succeeded = [evaluation for evaluation in self.history if evaluation.failure is None]
+        if self.feasible:
+            kept = [evaluation for evaluation in succeeded if evaluation.feasible]
+            return min(kept, key=lambda evaluation: -self._merits([evaluation]).item())
+        excesses = np.array([list(self.goals.excesses(evaluation.outcomes).values()) for evaluation in succeeded])
+        excesses = excesses.clip(min=0)
+        largest = excesses.max(0)
+        return succeeded[int((excesses / np.where(largest > 0, largest, 1)).sum(1).argmin())]
+
+    @property
+    def x(self) -> Configuration:
+        """The configuration of :attr:`best`."""
+        return self.best.x
+
+    @property
+    def value(self) -> float:
+        """The value of :attr:`best`."""
+        value = self.best.value
+        assert value is not None
+        return value
+
+    @property
+    def feasible(self) -> bool:
+        """Whether any evaluation keeps all constraints."""
+        return any(evaluation.feasible for evaluation in self.history)
+
+    @property
+    def front(self) -> tuple[Evaluation, ...]:
+        """The Pareto front: feasible evaluations than which none is better at one objective and as good at all others.
+
+        Of one objective, those with the best value. Empty if nothing is feasible.
+        """
+        kept = [evaluation for evaluation in self.history if evaluation.feasible]
+        if not kept:
+            return ()
+        on_front = is_non_dominated(self._merits(kept), deduplicate=False).tolist()
+        return tuple(evaluation for evaluation, best in zip(kept, on_front, strict=True) if best)
 
     @property
     def num_failed(self) -> int:
@@ -74,20 +135,117 @@ class Result:
 
     @property
     def best_so_far(self) -> np.ndarray:
-        """The best value after each evaluation, (n,); NaN before the first with a value."""
-        best = np.fmax if self.study.direction is StudyDirection.MAXIMIZE else np.fmin
-        values = [math.nan if evaluation.value is None else evaluation.value for evaluation in self.history]
+        """The best feasible value of one objective after each evaluation, (n,); NaN before the first.
+
+        Raises:
+            ValueError: if there are several objectives: see :meth:`hypervolume_so_far`.
+        """
+        if len(self.goals.directions) > 1:
+            raise ValueError(f"there is no single best for {', '.join(self.goals.directions)}: see hypervolume_so_far")
+        best = np.fmax if "maximize" in self.goals.directions.values() else np.fmin
+        values = [
+            math.nan if evaluation.value is None or not evaluation.feasible else evaluation.value
+            for evaluation in self.history
+        ]
         return best.accumulate(np.array(values, dtype=float))
+
+    def hypervolume_so_far(self, reference_point: Sequence[float] | None = None) -> np.ndarray:
+        """How much of the space of outcomes is dominated by the feasible evaluations, after each evaluation, (n,).
+
+        It is the volume of what is worse than an evaluation and better than the reference point, in the product of the
+        objectives' units (computed by BoTorch).
+
+        Args:
+            reference_point: a value for each objective, in its own units; by default that of the search, else a tenth of
+                the final front's range worse than its worst values. To compare two results, give both the same one.
+
+        Raises:
+            ValueError: if the reference point hasn't one finite value for each objective.
+        """
+        given = self.sampler.chain.search["reference_point"] if reference_point is None else reference_point
+        if given is None:
+            if not self.front:
+                return np.zeros(len(self.history))
+            reference = infer_reference_point(self._merits(self.front))
+        else:
+            if len(given) != len(self.goals.directions) or not np.isfinite(given).all():
+                raise ValueError(
+                    f"reference_point must have a finite value for each of {', '.join(self.goals.directions)}, found {given!r}"
+                )
+            reference = self._signs * torch.tensor(list(given), dtype=torch.float64)
+        volume = Hypervolume(reference)
+        found, merits = [], reference.new_empty(0, len(reference))
+        for evaluation in self.history:
+            if evaluation.feasible:
+                merits = torch.cat([merits, self._merits([evaluation])])
+                merits = merits[is_non_dominated(merits)]
+            found.append(volume.compute(merits) if len(merits) else 0.0)
+        return np.array(found)
 
     @cached_property
     def model(self) -> BotorchModel:
         """The surrogate, fitted to all evaluations: ``result.model.posterior(result.space.features([x]))``."""
         return self.sampler.fit(self.study, self.space)
 
+    # Pictures: Matplotlib figures, which notebooks show and ``savefig`` writes ------------------------------------------
+
+    def plot_convergence(self) -> Figure:
+        """Each objective's values by trial, the best so far, and where trials failed."""
+        return convergence(self.study)
+
+    def plot_slices(self, objective: int = 0) -> Figure:
+        """The surrogate along each parameter, the others at the best evaluation: its mean ± 2 standard deviations.
+
+        The standard deviation is that of the function, without the noise of one evaluation.
+
+        Args:
+            objective: which one, counted from 0.
+        """
+        view = view_of(self.model, self.study, self.space, observe(self.study, self.space), objective)
+        return slices(view, self.space.names, list(self.goals.directions)[objective])
+
+    def plot_pairs(self, objective: int = 0) -> Figure:
+        """The surrogate over every two of the first five parameters: mean (below), standard deviation (above).
+
+        Args:
+            objective: which one, counted from 0.
+
+        Raises:
+            ValueError: if there is only one parameter.
+        """
+        if len(self.space.names) == 1:
+            raise ValueError("plot_pairs needs two parameters at least, found one: see plot_slices")
+        view = view_of(self.model, self.study, self.space, observe(self.study, self.space), objective)
+        return pairs(view, self.space.names[:MAX_PAIRED])
+
+    def plot_front(self) -> Figure:
+        """Every two objectives against each other, with the Pareto front.
+
+        Raises:
+            ValueError: if there is only one objective.
+        """
+        if len(self.goals.directions) == 1:
+            raise ValueError("plot_front needs two objectives at least, found one: see plot_convergence")
+        return trade_offs(self.study)
+
     def __repr__(self) -> str:
         failed = f", {self.num_failed} failed" if self.num_failed else ""
         pruned = f", {self.num_pruned} ended early" if self.num_pruned else ""
-        return f"Result(value={self.value:.6g}, x={self.x}, {len(self.history)} evaluations{failed}{pruned})"
+        evaluations = f"{len(self.history)} evaluations{failed}{pruned}"
+        if len(self.goals.directions) > 1:
+            return f"Result({len(self.front)} on the front of {', '.join(self.goals.directions)}, {evaluations})"
+        infeasible = "" if self.feasible else ", no constraint-keeping one"
+        return f"Result(value={self.value:.6g}, x={self.x}, {evaluations}{infeasible})"
+
+    @property
+    def _signs(self) -> Tensor:
+        signs = [1.0 if direction == "maximize" else -1.0 for direction in self.goals.directions.values()]
+        return torch.tensor(signs, dtype=torch.float64)
+
+    def _merits(self, evaluations: Sequence[Evaluation]) -> Tensor:
+        """The objectives (n, m), signed so that more is better."""
+        values = [self.goals.values(evaluation.outcomes) for evaluation in evaluations]
+        return self._signs * torch.tensor(values, dtype=torch.float64)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -112,47 +270,48 @@ def is_evaluation(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or failure_of(trial) is not None
 
 
-def history_of(study: Study, space: Space) -> tuple[Evaluation, ...]:
+def history_of(study: Study, space: Space, goals: Goals) -> tuple[Evaluation, ...]:
     """A study's evaluations, in order."""
-    return tuple(
-        Evaluation(
-            number=trial.number,
-            x={name: trial.params[name] for name in space.names if name in trial.params},
-            value=trial.value if trial.state is TrialState.COMPLETE else None,
-            seconds=trial.user_attrs.get("seconds", trial.duration.total_seconds() if trial.duration else math.nan),
-            failure=failure_of(trial),
-            pruned=trial.state is TrialState.PRUNED,
-            curve=dict(sorted(trial.intermediate_values.items())),
-        )
-        for trial in study.get_trials(deepcopy=False)
-        if is_evaluation(trial)
+    trials = study.get_trials(deepcopy=False)
+    return tuple(_evaluation(trial, space, goals) for trial in trials if is_evaluation(trial))
+
+
+def _evaluation(trial: FrozenTrial, space: Space, goals: Goals) -> Evaluation:
+    outcomes: dict[str, float] = {}
+    if trial.state is TrialState.COMPLETE:
+        outcomes = dict(zip(goals.directions, trial.values, strict=True))
+        outcomes |= {name: trial.user_attrs.get(f"metric:{name[:200]}", math.nan) for name in goals.limits}
+    return Evaluation(
+        number=trial.number,
+        x={name: trial.params[name] for name in space.names if name in trial.params},
+        value=outcomes[next(iter(goals.directions))] if outcomes and len(goals.directions) == 1 else None,
+        seconds=trial.user_attrs.get("seconds", trial.duration.total_seconds() if trial.duration else math.nan),
+        failure=failure_of(trial),
+        outcomes=outcomes,
+        feasible=bool(outcomes) and is_feasible(trial),
+        pruned=trial.state is TrialState.PRUNED,
+        curve=dict(sorted(trial.intermediate_values.items())),
     )
 
 
-def result_of(study: Study, space: Space, sampler: SurrogateSampler) -> Result:
-    """A study's result; warns of failed evaluations.
+def result_of(study: Study, space: Space, sampler: SurrogateSampler, goals: Goals) -> Result:
+    """A study's result; warns of failed evaluations, and if none keeps the constraints.
 
     Raises:
         RuntimeError: if no evaluation succeeded.
     """
-    history = history_of(study, space)
-    failures = [evaluation.failure for evaluation in history if evaluation.failure is not None]
-    if all(evaluation.value is None for evaluation in history):
+    result = Result(history_of(study, space, goals), goals, space, study, sampler)
+    failures = [evaluation.failure for evaluation in result.history if evaluation.failure is not None]
+    if not any(evaluation.outcomes for evaluation in result.history):
         reason = f"; the last one: {failures[-1]}" if failures else ""
         raise RuntimeError(f"no evaluation succeeded, {len(failures)} failed{reason}")
     if failures:
         warnings.warn(
-            f"{len(failures)} of {len(history)} evaluations failed; the last one: {failures[-1]}",
+            f"{len(failures)} of {len(result.history)} evaluations failed; the last one: {failures[-1]}",
             BayesnnWarning,
             stacklevel=4,
         )
-    best = study.best_trial
-    assert best.value is not None
-    return Result(
-        {name: best.params[name] for name in space.names if name in best.params},
-        best.value,
-        history,
-        space,
-        study,
-        sampler,
-    )
+    if not result.feasible:
+        limits = ", ".join(f"{name} {sign} {bound:g}" for name, (sign, bound) in goals.limits.items())
+        warnings.warn(f"no evaluation keeps all constraints: {limits}", BayesnnWarning, stacklevel=4)
+    return result

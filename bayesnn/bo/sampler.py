@@ -22,6 +22,7 @@ from bayesnn.bo.fidelity import Fidelity
 from bayesnn.bo.observations import all_trials
 from bayesnn.bo.optimise import ONE_AT_A_TIME
 from bayesnn.bo.space import Space
+from bayesnn.bo.writing import write
 from bayesnn.data import BayesnnWarning
 
 
@@ -129,7 +130,7 @@ class SurrogateSampler(BaseSampler):
             return {}
         space = Space.from_distributions(search_space) if self.space is None else self.space
         (answer,) = self.answers(study, space, trial.number, 1)
-        _write(study, trial, answer.record)
+        write(study._storage, trial._trial_id, answer.record)
         return answer.configuration
 
     def sample_independent(
@@ -138,7 +139,7 @@ class SurrogateSampler(BaseSampler):
         """A value drawn uniformly, for a parameter that not all finished trials have."""
         current = study._storage.get_trial(trial._trial_id)
         alone = [*current.user_attrs.get("independent", []), param_name]
-        _write(study, trial, {"independent": alone})
+        write(study._storage, trial._trial_id, {"independent": alone})
         num_finished = sum(each.state is TrialState.COMPLETE for each in all_trials(study))
         if num_finished >= self.num_startup and param_name not in self._warned_of:
             self._warned_of.add(param_name)
@@ -168,8 +169,3 @@ class SurrogateSampler(BaseSampler):
         """What trial ``number`` and the q - 1 after it should try, jointly, and how that was found."""
         with ONE_AT_A_TIME:  # studies run in threads, too: ``n_jobs=2``
             return self.chain.answers(study, space, number, q)
-
-
-def _write(study: Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> None:
-    for name, value in attributes.items():
-        study._storage.set_trial_user_attr(trial._trial_id, name, value)

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import re
 import sqlite3
 import time
 import warnings
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
+from bayesnn.bo import recovery
 from bayesnn.bo.file_systems import network_file_system
 from bayesnn.data import BayesnnWarning
-
-HEARTBEAT_SECONDS, GRACE_SECONDS = 60, 180
-MAX_RETRIES = 3
-MAX_TRIES = 30  # to open a database that others may be making
 
 _SQLITE_HEADER = b"SQLite format 3\x00"
 
 
 def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
     """Open what keeps a study.
+
+    An SQLite file is written ahead (journal mode WAL), so that a trial doesn't wait for the disk some twenty times. Beside
+    ``study.db`` there are ``study.db-wal`` and ``study.db-shm`` as long as it is open. On a file system that other machines
+    see, where that mode isn't safe, the slow one is kept, with a warning.
 
     Args:
         storage: None for memory; a path for one SQLite file, made if there is none; a database URL
@@ -51,58 +50,79 @@ def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
         path = Path(url).expanduser().resolve()
         _check_file(path)
         url = f"sqlite:///{path}"
-    _warn_of_network(url)
+    options = _sqlite_options(url) if url.startswith("sqlite") else {}
     try:
-        return _open_url(url)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return _opened(url, options)
     except (SQLAlchemyError, OptunaError, ImportError, RuntimeError) as error:
         hint = '; its driver comes with pip install "bayesnn[postgresql]"' if _lacks_driver(url, error) else ""
         raise ValueError(f"storage {str(storage)!r} can't be used as a database of studies: {error}{hint}") from error
 
 
-def _warn_of_network(url: str) -> None:
-    if not url.startswith("sqlite:///"):
-        return
-    path = Path(url.removeprefix("sqlite:///")).resolve()
-    kind = network_file_system(path)
-    if kind is not None:
+def _lacks_driver(url: str, error: Exception) -> bool:
+    return url.startswith("postgresql") and isinstance(error, ImportError)
+
+
+def _opened(url: str, options: dict[str, Any]) -> RDBStorage:
+    """The storage; where another process is making the same tables at the same moment, once it has made them."""
+    for _ in range(10):
+        try:
+            return _connected(url, options)
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            if not re.search("already exists|UNIQUE constraint|duplicate key", str(error)):
+                raise
+            time.sleep(0.5)
+    return _connected(url, options)
+
+
+def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
+    return RDBStorage(
+        url,
+        engine_kwargs=options,
+        heartbeat_interval=recovery.HEARTBEAT_SECONDS,
+        grace_period=recovery.GRACE_SECONDS,
+        heartbeat_stale_trial_callback=recovery.requeue,
+    )
+
+
+class _WrittenAhead(sqlite3.Connection):
+    """Doesn't wait for the disk at each write: a process that is killed loses nothing, and :func:`put_on_disk` waits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Where another process is at the file in the old mode, that one stays.
+        with suppress(sqlite3.OperationalError):
+            (mode,) = self.execute("PRAGMA journal_mode=WAL").fetchone()
+            if mode == "wal":
+                self.execute("PRAGMA synchronous=NORMAL")
+
+
+def _sqlite_options(url: str) -> dict[str, Any]:
+    # Two processes on one file wait for each other instead of failing at once.
+    options: dict[str, Any] = {"timeout": 60}
+    place = make_url(url).database
+    kind = network_file_system(Path(place).resolve()) if place else None
+    if kind is None:
+        options["factory"] = _WrittenAhead
+    else:
         warnings.warn(
-            f"storage {str(path)!r} lies on a network file system ({kind}), where SQLite can't keep processes apart and a "
-            "study that several share may be damaged: put the file on a local disk, or give the URL of a database server, "
-            "postgresql+psycopg://…",
+            f"storage {place!r} lies on a network file system ({kind}), where SQLite is slow and can't keep processes apart, "
+            "so that a study that several share may be damaged: put the file on a local disk, or give the URL of a database "
+            "server, postgresql+psycopg://…",
             BayesnnWarning,
             stacklevel=3,
         )
+    return {"connect_args": options}
 
 
-def _open_url(url: str) -> RDBStorage:
-    # Two processes on one file wait for each other instead of failing at once.
-    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    tries = 0
-    while True:
-        tries += 1
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                return RDBStorage(
-                    url,
-                    engine_kwargs=options,
-                    heartbeat_interval=HEARTBEAT_SECONDS,
-                    grace_period=GRACE_SECONDS,
-                    heartbeat_stale_trial_callback=requeue,
-                )
-        except SQLAlchemyError as error:
-            if tries == MAX_TRIES or not _may_be_in_the_making(error):
-                raise
-            time.sleep(0.1)
-
-
-def _may_be_in_the_making(error: SQLAlchemyError) -> bool:
-    """Whether another process may be making the same tables at this moment: Optuna doesn't expect that."""
-    return isinstance(error, IntegrityError | ProgrammingError) or "already exists" in str(error)
-
-
-def _lacks_driver(url: str, error: Exception) -> bool:
-    return url.startswith("postgresql") and isinstance(error, ImportError)
+def put_on_disk(storage: BaseStorage) -> None:
+    """Wait until all that was written to an SQLite file is in that file, and on the disk; other databases see to it."""
+    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    if engine is None or engine.dialect.name != "sqlite":
+        return
+    with suppress(SQLAlchemyError), engine.connect() as connection:  # where somebody is reading, the next one does it
+        connection.execute(text("PRAGMA wal_checkpoint(PASSIVE)"))
 
 
 def _check_file(path: Path) -> None:
@@ -123,100 +143,3 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"storage {str(path)!r} is a damaged database: {error}") from error
     if tables and "studies" not in tables:
         raise ValueError(f"storage {str(path)!r} is a database of something else, with the tables {sorted(tables)}")
-
-
-# Trials that were cut off -----------------------------------------------------------------------------------------------
-
-
-def sign(trial: optuna.Trial) -> None:
-    """Write into a trial which process runs it."""
-    trial.set_user_attr("process", _signature())
-
-
-def _signature() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-def begin(study: Study) -> optuna.Trial:
-    """Ask for the next trial, signed before it runs: a process killed while it suggests leaves an orphan that is found."""
-    waiting = [TrialState.WAITING]
-    if not study.get_trials(deepcopy=False, states=waiting):
-        study.add_trial(optuna.create_trial(state=TrialState.WAITING))
-    for queued in study.get_trials(deepcopy=False, states=waiting):
-        study._storage.set_trial_user_attr(queued._trial_id, "process", _signature())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Heartbeat of storage")
-        trial = study.ask()
-    sign(trial)  # once more, in case another process signed it in between
-    return trial
-
-
-def release_own(study: Study) -> None:
-    """Release every running trial that bears this process's signature.
-
-    At the start of a process that is what a killed one with the same number has left behind, as containers have it.
-    """
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if trial.user_attrs.get("process") == _signature():
-            release(study, trial.number)
-
-
-def requeue_orphans(study: Study) -> None:
-    """Fail the running trials whose process is gone, and queue their configurations again.
-
-    A process on this machine is looked up; one on another machine counts as gone when its heartbeat has stopped.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if _is_orphan(trial):
-            release(study, trial.number)
-
-
-def release(study: Study, number: int) -> None:
-    """Fail a trial that was cut off, and queue its configuration again."""
-    trial = study.trials[number]
-    if trial.state is TrialState.RUNNING:
-        try:
-            study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
-        except UpdateFinishedTrialError:  # another process was faster
-            return
-    elif trial.state is not TrialState.FAIL:
-        return
-    requeue(study, trial)
-
-
-def requeue(study: Study, trial: FrozenTrial) -> None:
-    """Queue a trial's configuration again, unless it had failed by itself or that has been done often enough."""
-    if "failure" in trial.user_attrs or num_retries(trial) >= MAX_RETRIES:
-        return
-    history = [*trial.system_attrs.get("retry_history", []), trial.number]
-    study.add_trial(
-        optuna.create_trial(
-            state=TrialState.WAITING,
-            params=trial.params,
-            distributions=trial.distributions,
-            # Not the process: until the new one signs, the trial would look like an orphan.
-            user_attrs={name: value for name, value in trial.user_attrs.items() if name not in ("process", "seconds")},
-            system_attrs=trial.system_attrs | {"failed_trial": history[0], "retry_history": history},
-        )
-    )
-
-
-def num_retries(trial: FrozenTrial) -> int:
-    """How often a trial's configuration had been cut off before."""
-    return len(trial.system_attrs.get("retry_history", []))
-
-
-def _is_orphan(trial: FrozenTrial) -> bool:
-    process = trial.user_attrs.get("process")
-    if process is None or process["host"] != socket.gethostname() or os.name != "posix":
-        return False  # elsewhere, only the heartbeat tells
-    try:
-        os.kill(process["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody else's process: it is there
-        return False
-    return False

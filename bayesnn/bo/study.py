@@ -1,37 +1,27 @@
-"""A study of one objective: opened or begun, and run until it has the trials that are wanted."""
+"""A study: opened or begun, for the goals and the space that are wanted."""
 
 from __future__ import annotations
 
-import math
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.exceptions import ExperimentalWarning, OptunaError, TrialPruned
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
-from tqdm.auto import tqdm
 
-from bayesnn.bo.fidelity import Fidelity
-from bayesnn.bo.follow import finite, follow
-from bayesnn.bo.outcomes import Direction
+from bayesnn.bo.goals import Goals
 from bayesnn.bo.parameters import Categorical, Ordinal
 from bayesnn.bo.result import is_evaluation
 from bayesnn.bo.space import Configuration, Space
-from bayesnn.bo.storage import open_storage, release, requeue_orphans, sign
-from bayesnn.data import BayesnnWarning
-
-Objective = Callable[[Configuration], Any]
-Callback = Callable[[Study, FrozenTrial], None]
+from bayesnn.bo.storage import open_storage
+from bayesnn.bo.writing import write
 
 
 @contextmanager
@@ -48,38 +38,74 @@ def quiet_optuna() -> Iterator[None]:
 
 
 def open_study(
-    direction: Direction, space: Space, sampler: BaseSampler, storage: str | Path | BaseStorage | None, name: str
+    goals: Goals, space: Space, sampler: BaseSampler, storage: str | Path | BaseStorage | None, name: str
 ) -> Study:
     """Open the study of that name, or begin it.
 
     Raises:
-        ValueError: if the storage can't be used, or the stored study has another direction or another space.
+        ValueError: if the storage can't be used, or the stored study has other goals or another space.
     """
     opened = open_storage(storage)
     try:
         study = optuna.create_study(
-            storage=opened, study_name=name, sampler=sampler, direction=direction, load_if_exists=True
+            storage=opened,
+            study_name=name,
+            sampler=sampler,
+            directions=list(goals.directions.values()),
+            load_if_exists=True,
         )
-        stored = study.user_attrs.get("space") or _space_of_trials(study)
+        _check_goals(study, goals)
+        _check_space(study, space)
     except (SQLAlchemyError, OptunaError) as error:
         raise ValueError(f"storage {str(storage)!r} can't be read: {error}") from error
-    found = [stored_direction.name.lower() for stored_direction in study.directions]
-    if found != [direction]:
+    return study
+
+
+def _check_goals(study: Study, goals: Goals) -> None:
+    """Whether a study has these goals; one that has none yet gets them."""
+    name, wanted = study.study_name, list(goals.directions.values())
+    found = [direction.name.lower() for direction in study.directions]
+    if found != wanted:
         raise ValueError(
-            f"the stored study {name!r} is to {', '.join(found)}, not to {direction}: give another study_name"
+            f"the stored study {name!r} is to {', '.join(found)}, not to {', '.join(wanted)}: give another study_name"
         )
+    if goals.named and study.metric_names != list(goals.directions):
+        if study.metric_names is not None:
+            raise ValueError(
+                f"the stored study {name!r} is about {_quoted(study.metric_names)}, not {_quoted(goals.directions)}: "
+                "give another study_name"
+            )
+        study.set_metric_names(list(goals.directions))
+    # As JSON gives them back.
+    limits = {limited: list(limit) for limited, limit in goals.limits.items()}
+    stored = study.user_attrs.get("constraints")
+    if stored is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr("constraints", limits)
+    elif (stored or {}) != limits:
+        raise ValueError(
+            f"the stored study {name!r} has the constraints {stored or 'none'}, not {limits or 'none'}: give another "
+            "study_name"
+        )
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _check_space(study: Study, space: Space) -> None:
+    """Whether a study has this space; one that has none yet gets it."""
+    stored = study.user_attrs.get("space") or _space_of_trials(study)
     wanted = _describe(space.distributions())
     for parameter in space.conditions:
         wanted[parameter] += f" {space.described()[parameter]}"
     if stored is not None and stored != wanted:
         changed = sorted(key for key in stored | wanted if stored.get(key) != wanted.get(key))
         raise ValueError(
-            f"the stored study {name!r} has another space, which differs in {', '.join(changed)}: go on with the old "
-            "space, or give another study_name"
+            f"the stored study {study.study_name!r} has another space, which differs in {', '.join(changed)}: go on with "
+            "the old space, or give another study_name"
         )
     if "space" not in study.user_attrs:
         study.set_user_attr("space", wanted)
-    return study
 
 
 def _describe(distributions: Mapping[str, BaseDistribution]) -> dict[str, str]:
@@ -92,61 +118,20 @@ def _space_of_trials(study: Study) -> dict[str, str] | None:
     return _describe(finished[0].distributions) if finished else None
 
 
-def run_trials(
-    study: Study,
-    f: Objective,
-    space: Space,
-    num_trials: int,
-    *,
-    progress: bool = False,
-    timeout: float | None = None,
-    callbacks: Sequence[Callback] = (),
-    catch: tuple[type[Exception], ...] = (Exception,),
-    fidelity: Fidelity | None = None,
-) -> None:
-    """Evaluate f until the study has ``num_trials`` evaluations, those that other processes are at included.
-
-    What a process that is gone has left behind is run again first.
-    """
-    requeue_orphans(study)
-    wanted = int(min(num_trials, space.size))
-    if wanted < num_trials:
-        message = f"the space has only {wanted} configurations: there will be no {num_trials} trials"
-        warnings.warn(message, BayesnnWarning, stacklevel=4)
-    begun = num_begun(study)
-    if begun >= wanted:
-        return
-    bar = tqdm(total=wanted, initial=begun, disable=not progress, unit="trial")
-    running: list[int] = []
-
-    def objective(trial: optuna.Trial) -> float:
-        running[:] = [trial.number]
-        sign(trial)
-        return _evaluate(f, configuration_of(trial, space), trial, catch, fidelity)
-
-    def after(study: Study, trial: FrozenTrial) -> None:
-        bar.update()
-        if trial.state is TrialState.COMPLETE:
-            bar.set_postfix(best=f"{study.best_value:.6g}")
-        if num_begun(study) >= wanted:
-            study.stop()
-
-    try:
-        with bar:
-            study.optimize(objective, timeout=timeout, callbacks=[*callbacks, after])
-    except KeyboardInterrupt:
-        for number in running:
-            release(study, number)
-        raise
-
-
-def num_begun(study: Study) -> int:
-    """Evaluations that are there, or under way."""
-    return sum(trial.state is TrialState.RUNNING or is_evaluation(trial) for trial in study.get_trials(deepcopy=False))
+def num_begun(trials: Iterable[FrozenTrial]) -> int:
+    """How many of a study's trials are evaluations that are there, or under way."""
+    return sum(trial.state is TrialState.RUNNING or is_evaluation(trial) for trial in trials)
 
 
 def configuration_of(trial: optuna.Trial, space: Space) -> Configuration:
-    """What a trial is to try: the parameters that exist, suggested by the study's sampler."""
+    """What a trial is to try: the parameters that exist, suggested by the study's sampler.
+
+    Parameters that the trial has already, because it was queued with them or cut off before, are kept, without a suggestion.
+    """
+    if not trial.params and not trial._fixed_params:
+        together = _suggested_together(trial, space)
+        if together is not None:
+            return together
     configuration: Configuration = {}
     for name, parameter in space.parameters.items():
         if not space.exists(name, configuration):
@@ -163,30 +148,14 @@ def configuration_of(trial: optuna.Trial, space: Space) -> Configuration:
     return configuration
 
 
-def _evaluate(
-    f: Objective,
-    x: Configuration,
-    trial: optuna.Trial,
-    catch: tuple[type[Exception], ...],
-    fidelity: Fidelity | None,
-) -> float:
-    """f(x), or the last value that it yields; a failure leaves its reason in the trial and becomes NaN, Optuna's failure."""
-    start = time.perf_counter()
-    try:
-        returned = f(x)
-        if fidelity is not None and isinstance(returned, Generator):
-            returned = follow(returned, trial, fidelity)
-    except TrialPruned:
-        raise
-    except Exception as error:
-        trial.set_user_attr("failure", "".join(traceback.format_exception_only(error)).strip()[:2000])
-        if not isinstance(error, catch):
-            raise
-        return math.nan
-    finally:
-        trial.set_user_attr("seconds", time.perf_counter() - start)
-    value = finite(returned)
-    if value is None:
-        trial.set_user_attr("failure", f"the objective returned {returned!r:.200}, not a finite number")
-        return math.nan
-    return value
+def _suggested_together(trial: optuna.Trial, space: Space) -> Configuration | None:
+    """A configuration that the sampler suggests as a whole, written down at once; None if it suggests parts of it."""
+    relative, distributions = trial.relative_params, space.distributions()
+    configuration: Configuration = {}
+    for name in space.names:
+        if space.exists(name, configuration):
+            if name not in relative:
+                return None
+            configuration[name] = relative[name]
+    write(trial.storage, trial._trial_id, {}, configuration, distributions)
+    return configuration

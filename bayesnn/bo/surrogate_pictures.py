@@ -10,6 +10,7 @@ import torch
 from botorch.models.model import Model as BotorchModel
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from optuna.study import Study, StudyDirection
 
 from bayesnn.bo.observations import Observations
 from bayesnn.bo.parameters import Categorical, Parameter, all_codes
@@ -62,6 +63,15 @@ class View:
             mean, variance = posterior.mean[:, 0, self.objective], posterior.variance[:, 0, self.objective]
         shape = [len(self.grid(name)) for name in names]
         return mean.reshape(shape).numpy(), variance.clamp(min=0).sqrt().reshape(shape).numpy()
+
+
+def view_of(model: BotorchModel, study: Study, space: Space, observations: Observations, objective: int) -> View:
+    """The surrogate of one of a study's objectives, seen from the best trial; constraints count where any trial keeps them."""
+    sign = 1 if study.directions[objective] is StudyDirection.MAXIMIZE else -1
+    kept = (observations.values[:, len(study.directions) :] <= 0).all(1)
+    merits = sign * observations.values[:, objective]
+    best = int(torch.where(kept | ~kept.any(), merits, -torch.inf).argmax())
+    return View(model, space, observations, objective, best)
 
 
 def slices(view: View, names: Sequence[str], objective: str) -> Figure:

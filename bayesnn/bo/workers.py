@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
-import optuna
-from optuna.study import Study
-from optuna.trial import TrialState
-from tqdm.auto import tqdm
+from optuna.trial import Trial
 
+from bayesnn.bo.attempt import Attempt
 from bayesnn.bo.chain import Surrogate
-from bayesnn.bo.command import Command, Outcome, Runner
+from bayesnn.bo.command import Command, Runner
+from bayesnn.bo.goals import Goals
+from bayesnn.bo.loop import run_trials
 from bayesnn.bo.minimize import startup_for
 from bayesnn.bo.outcomes import Direction
-from bayesnn.bo.result import Result, is_evaluation, result_of
+from bayesnn.bo.result import Result, result_of
 from bayesnn.bo.sampler import SurrogateSampler
-from bayesnn.bo.space import Space
-from bayesnn.bo.storage import HEARTBEAT_SECONDS, begin, release_own, requeue_orphans
-from bayesnn.bo.study import configuration_of, num_begun, open_study, quiet_optuna
+from bayesnn.bo.space import Configuration, Space
+from bayesnn.bo.study import open_study, quiet_optuna
 
 
 def optimize_command(
@@ -83,62 +81,43 @@ def optimize_command(
         raise ValueError(f"logs must be given, since storage {str(storage)!r} is no file that it could lie beside")
     folder = Path(storage).with_suffix(".logs") if logs is None else logs
     runner = Runner(Command(command, space), metric, timeout_per_trial)
+    goals = Goals.of(direction, {metric: direction})
     sampler = SurrogateSampler(surrogate, space=space, seed=seed, num_startup=startup_for(num_trials))
     with quiet_optuna():
-        study = open_study(direction, space, sampler, storage, study_name)
-        if study.metric_names not in (None, [metric]):
-            raise ValueError(
-                f"the stored study {study_name!r} is about {study.metric_names[0]!r}, not {metric!r}: give another study_name"
-            )
-        study.set_metric_names([metric])
-        wanted = int(min(num_trials, space.size))
-        with tqdm(total=wanted, initial=_num_done(study), disable=not progress, unit="trial") as bar:
-            _run_trials(study, runner, space, folder, wanted, num_workers, bar)
-        return result_of(study, space, sampler)
+        study = open_study(goals, space, sampler, storage, study_name)
+        workers = _Commands(runner, num_workers, folder, study.study_name)
+        run_trials(study, space, goals, workers, num_trials, progress=progress)
+        return result_of(study, space, sampler, goals)
 
 
-def _run_trials(
-    study: Study, runner: Runner, space: Space, folder: Path, wanted: int, num_workers: int, bar: tqdm
-) -> None:
-    """Run until the study has as many evaluations as wanted, those that other processes are at included."""
-    release_own(study)
-    running: dict[Future[Outcome], optuna.Trial] = {}
-    with ThreadPoolExecutor(num_workers) as pool:
-        try:
-            while True:
-                requeue_orphans(study)
-                while len(running) < num_workers and num_begun(study) < wanted:
-                    trial = begin(study)
-                    place = folder / f"{quote(study.study_name, safe=' ')}-{trial.number:04d}"
-                    running[pool.submit(runner.run, configuration_of(trial, space), place)] = trial
-                if not running:
-                    return
-                finished, _ = wait(running, timeout=HEARTBEAT_SECONDS, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    _tell(study, running.pop(future), future.result(), bar)
-                for trial in running.values():
-                    study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
-        except BaseException:
-            runner.stop()
-            release_own(study)
-            raise
+class _Commands:
+    """Runs commands, several at once, each with a folder for its output."""
 
+    def __init__(self, runner: Runner, num_workers: int, folder: Path, study_name: str) -> None:
+        self.runner, self.num_workers, self.folder, self.study_name = runner, num_workers, folder, study_name
+        self._threads = ThreadPoolExecutor(num_workers)
 
-def _tell(study: Study, trial: optuna.Trial, outcome: Outcome, bar: tqdm) -> None:
-    trial.set_user_attr("seconds", outcome.seconds)
-    for name, number in outcome.others.items():
-        if name.isprintable():  # what isn't, a database may refuse
-            trial.set_user_attr(f"metric:{name[:200]}", number)
-    if outcome.failure is None:
-        study.tell(trial, outcome.value, skip_if_finished=True)
-        bar.set_postfix(best=f"{study.best_value:.6g}")
-    else:
-        trial.set_user_attr("failure", outcome.failure)
-        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        if not bar.disable:
-            bar.write(f"trial {trial.number} failed: {outcome.failure}", file=sys.stderr)
-    bar.update()
+    def start(self) -> None:
+        """Nothing to do."""
 
+    def submit(self, x: Configuration, trial: Trial) -> Future[Attempt]:
+        """Run the command for a configuration."""
+        return self._threads.submit(
+            self.runner.run, x, self.folder / f"{quote(self.study_name, safe=' ')}-{trial.number:04d}"
+        )
 
-def _num_done(study: Study) -> int:
-    return sum(is_evaluation(trial) for trial in study.get_trials(deepcopy=False))
+    def died(self, error: BaseException) -> bool:
+        """Never: a command that dies is a failed evaluation."""
+        return False
+
+    def shared_fate(self, error: BaseException) -> bool:
+        """Never."""
+        return False
+
+    def stop(self) -> None:
+        """Kill the commands that are running."""
+        self.runner.stop()
+
+    def close(self) -> None:
+        """Wait for the threads."""
+        self._threads.shutdown()

@@ -1,48 +1,20 @@
-"""Objectives that are commands: arguments, failures, time-outs, several at once, Ctrl-C and SIGKILL."""
+"""Objectives that are commands: arguments, failures, time-outs, several at once."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import optuna
 import pytest
-from typer.testing import CliRunner
+from command_scripts import posix, script, wait_until
 
 from bayesnn import BayesnnWarning
 from bayesnn.bo import Space, When
 from bayesnn.bo.command import Command, Runner
-from bayesnn.bo.result import is_evaluation
-from bayesnn.bo.storage import begin, open_storage, release_own, requeue_orphans
-from bayesnn.bo.study import configuration_of
 from bayesnn.bo.workers import optimize_command
-from bayesnn.cli import app
-
-posix = pytest.mark.skipif(os.name != "posix", reason="process groups and signals are POSIX")
-
-
-def script(folder: Path, text: str, places: str) -> str:
-    """A command that runs a script; -S and -I start Python in a few milliseconds."""
-    path = folder / "script.py"
-    path.write_text(text)
-    return f'"{sys.executable}" -S -I "{path}" {places}'
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
 
 # The command line -------------------------------------------------------------------------------------------------------
 
@@ -131,13 +103,14 @@ KINDS = Space({"kind": ["fine", *FAILURES]})
 @posix
 def test_what_a_run_gives(tmp_path: Path) -> None:
     runner = Runner(Command(script(tmp_path, BEHAVIOURS, "{kind}"), KINDS), "loss")
-    outcome = runner.run({"kind": "fine"}, tmp_path / "fine")
-    assert outcome[:3] == (0.25, {"accuracy": 0.5}, None) and outcome.seconds > 0
+    fine = runner.run({"kind": "fine"}, tmp_path / "fine")
+    assert fine.numbers == {"loss": 0.25} and fine.others == {"accuracy": 0.5}
+    assert fine.failure is None and fine.seconds > 0
     assert (tmp_path / "fine" / "stdout.txt").read_text().endswith("bye")
     assert (tmp_path / "fine" / "stderr.txt").read_text() == "warming up\nlast words\n\n"
     found = {kind: runner.run({"kind": kind}, tmp_path / "others") for kind in FAILURES}
-    assert {kind: outcome.failure for kind, outcome in found.items()} == FAILURES
-    assert all(outcome.value is None and outcome.others == {} for outcome in found.values())
+    assert {kind: attempt.failure for kind, attempt in found.items()} == FAILURES
+    assert all(attempt.numbers is None and attempt.others == {} for attempt in found.values())
 
 
 def test_a_program_that_cannot_start(tmp_path: Path) -> None:
@@ -286,131 +259,3 @@ def test_arguments_that_make_no_sense(tmp_path: Path, change: dict[str, Any], me
     with pytest.raises(ValueError, match=message):
         optimize_command(f"'{sys.executable}' {{x}}", Space({"x": (0.0, 1.0)}), **arguments)
     assert not list(tmp_path.iterdir())
-
-
-# Cut off ----------------------------------------------------------------------------------------------------------------
-
-
-class Stopped(optuna.samplers.RandomSampler):
-    """A sampler that never gets to suggest anything."""
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-        raise KeyboardInterrupt
-
-
-@posix
-def test_a_process_killed_while_it_suggests_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = subprocess.Popen([sys.executable, "-S", "-I", "-c", ""])
-    dead.wait()
-    storage = open_storage(tmp_path / "study.db")
-    study = optuna.create_study(study_name="bayesnn", storage=storage, sampler=Stopped())
-    with monkeypatch.context() as context:
-        context.setattr("bayesnn.bo.storage.os.getpid", lambda: dead.pid)
-        with pytest.raises(KeyboardInterrupt):
-            configuration_of(begin(study), SPACE)
-    assert [trial.state.name for trial in study.trials] == ["RUNNING"]
-    requeue_orphans(study)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
-    # A process with the same number takes what it finds for its own.
-    with pytest.raises(KeyboardInterrupt):
-        configuration_of(begin(study), SPACE)
-    requeue_orphans(study)
-    assert study.trials[1].state.name == "RUNNING"
-    release_own(study)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "WAITING"]
-
-
-def test_a_failure_that_could_not_be_told_is_not_run_again(tmp_path: Path) -> None:
-    study = optuna.create_study(study_name="bayesnn", storage=open_storage(tmp_path / "study.db"))
-    begin(study).set_user_attr("failure", "exit code 1")
-    release_own(study)
-    assert [is_evaluation(trial) for trial in study.trials] == [True]
-
-
-# A shell that starts pytest in the background has SIGINT ignored in all that comes of it.
-MAIN = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from bayesnn.cli import app
-app()
-"""
-
-# The third, fourth, seventh and eighth call hang.
-SOMETIMES_HANGING = """
-import json, os, sys, time
-folder, x, n = sys.argv[1:]
-number = 1
-while True:
-    try:
-        file = open(os.path.join(folder, str(number)), "x")
-        break
-    except FileExistsError:
-        number += 1
-json.dump({"pid": os.getpid(), "x": x, "n": n}, file)
-file.close()
-if number in (3, 4, 7, 8):
-    time.sleep(600)
-print(json.dumps({"loss": float(x) + int(n)}))
-"""
-
-
-@posix
-def test_ctrl_c_and_a_kill_lose_nothing_and_count_nothing_twice(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    calls = tmp_path / "calls"
-    calls.mkdir()
-    (tmp_path / "space.toml").write_text("x = [0.0, 1.0]\nn = [1, 9]")
-    arguments = [
-        *("optimize", "--space", str(tmp_path / "space.toml"), "--metric", "loss", "--workers", "2", "--trials", "6"),
-        *("--command", script(tmp_path, SOMETIMES_HANGING, f'"{calls}" {{x}} {{n}}')),
-        *("--storage", str(tmp_path / "study.db")),
-    ]
-
-    def started_until(count: int) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        request.addfinalizer(process.kill)
-        wait_until(lambda: process.poll() is not None or len(list(calls.iterdir())) == count)
-        wait_until(lambda: process.poll() is not None or all(path.read_text() for path in calls.iterdir()))
-        assert process.poll() is None, process.communicate()
-        return process
-
-    def told(number: int) -> dict[str, Any]:
-        return json.loads((calls / str(number)).read_text())
-
-    def states() -> Counter[str]:
-        study = optuna.load_study(study_name="bayesnn", storage=open_storage(tmp_path / "study.db"))
-        return Counter("EVALUATED" if is_evaluation(trial) else trial.state.name for trial in study.trials)
-
-    interrupted = started_until(4)
-    interrupted.send_signal(signal.SIGINT)
-    out, err = interrupted.communicate(timeout=300)
-    assert interrupted.returncode == 130 and out == ""
-    assert "interrupted: the same command line goes on" in err and "Traceback" not in err
-    assert states() == {"EVALUATED": 2, "FAIL": 2, "WAITING": 2}
-    for number in (3, 4):  # reaped by the parent, so they are gone for good
-        with pytest.raises(ProcessLookupError):
-            os.kill(told(number)["pid"], 0)
-
-    killed = started_until(8)
-    killed.kill()
-    killed.communicate()
-    for number in (7, 8):  # the parent couldn't
-        os.kill(told(number)["pid"], signal.SIGKILL)
-    assert states() == {"EVALUATED": 4, "FAIL": 2, "RUNNING": 2}
-
-    finished = CliRunner().invoke(app, arguments)
-    assert finished.exit_code == 0, finished.output
-    assert states() == {"EVALUATED": 6, "FAIL": 4} and len(list(calls.iterdir())) == 10
-    configurations = {number: (told(number)["x"], told(number)["n"]) for number in range(1, 11)}
-    for cut_off, again in (((3, 4), (5, 6)), ((7, 8), (9, 10))):
-        assert {configurations[number] for number in cut_off} == {configurations[number] for number in again}
-    assert len(set(configurations.values())) == 6
-    best = json.loads(finished.stdout)
-    assert best["value"] == min(float(x) + int(n) for x, n in configurations.values())
-    assert best["value"] == best["x"]["x"] + best["x"]["n"]
-    # Nothing is left to do.
-    assert CliRunner().invoke(app, arguments).exit_code == 0 and len(list(calls.iterdir())) == 10

@@ -19,7 +19,8 @@ import torch
 
 from bayesnn import BNN, BayesnnWarning
 from bayesnn.bo import Interrupted, Space, maximize, minimize
-from bayesnn.bo.storage import open_storage, requeue_orphans
+from bayesnn.bo.recovery import requeue_orphans
+from bayesnn.bo.storage import open_storage
 from bayesnn.inference import DeepEnsemble
 
 SPACE: dict[str, Any] = {"x": (0.0, 1.0), "n": (1, 10), "kind": ["a", "b"]}
@@ -282,8 +283,8 @@ def test_a_configuration_that_kills_its_process_is_given_up(tmp_path: Path) -> N
 
 
 def test_a_process_elsewhere_is_missed_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bayesnn.bo.storage.HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr("bayesnn.bo.storage.GRACE_SECONDS", 1)
+    monkeypatch.setattr("bayesnn.bo.recovery.HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr("bayesnn.bo.recovery.GRACE_SECONDS", 1)
     space, storage = Space({"x": (0.0, 1.0)}), open_storage(tmp_path / "study.db")
     study = optuna.create_study(study_name="bayesnn", storage=storage)
     trial = begin(study, space, {"host": "elsewhere", "pid": 1})

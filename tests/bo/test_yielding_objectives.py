@@ -146,3 +146,32 @@ def test_values_without_a_fidelity_and_a_fidelity_without_values() -> None:
         minimize(lambda x: (yield 1.0), SPACE)
     result = minimize(lambda x: float(x["x"]), SPACE, num_trials=3, **OPTIONS)
     assert [evaluation.pruned for evaluation in result.history] == [False] * 3
+
+
+def test_named_outcomes_are_yielded_with_their_limits() -> None:
+    def f(x: dict[str, Any]) -> Iterator[dict[str, float]]:
+        for epoch in range(1, 10):
+            yield {"loss": x["x"] + 1 / epoch, "memory": 60.0 - x["x"]}
+
+    result = minimize(
+        f, SPACE, objectives={"loss": "minimize"}, constraints={"memory": ("<=", 50.0)}, num_trials=20, **OPTIONS
+    )
+    assert result.x["x"] >= 10 and result.feasible and result.num_pruned > 5
+    best = result.best
+    assert (
+        best.outcomes == {"loss": result.x["x"] + 1 / 9, "memory": 60.0 - result.x["x"]}
+        and best.curve[9] == result.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_workers": 2}, "fidelity follows evaluations in this thread"),
+        ({"evaluation_timeout": 3.0}, "fidelity follows evaluations in this thread"),
+        ({"objectives": ["minimize", "maximize"]}, "fidelity is for one objective, found value 1, value 2"),
+    ],
+)
+def test_what_a_fidelity_does_not_go_with(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        minimize(Counted(), SPACE, **OPTIONS, **changes)

@@ -1,0 +1,197 @@
+"""Evaluations in processes of their own, which can be killed: for time limits, and for several at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky.process_executor import ShutdownExecutorError
+from optuna.trial import Trial
+
+from bayesnn.bo.attempt import Attempt, Call, Returned, call_once
+from bayesnn.bo.space import Configuration
+
+
+class Child:
+    """One process, which does one call after the other; it is begun when it is needed, and again after it was killed.
+
+    Nothing has to be importable there but what the function itself imports, not even this library: loky sends functions of
+    scripts and notebooks by value. The process ends with its parent, however that ends.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        self._lock, self._stopped = threading.Lock(), False
+
+    def start(self, call: Call) -> None:
+        """Begin the process, and see whether the function gets there.
+
+        Raises:
+            TypeError: if it doesn't.
+        """
+        try:
+            self._ready().submit(_ARRIVES, call.f, call.catch).result()
+        except Exception as error:
+            self.kill()
+            raise unsendable(error) from error
+
+    def __call__(self, call: Call, x: Configuration, seconds: float | None) -> Attempt:
+        """Call the function there; a call that takes longer than so many seconds is killed, and has failed.
+
+        Raises:
+            BrokenExecutor: if the process dies.
+        """
+        pool = self._ready()
+        try:
+            # What it takes to begin a process isn't the function's time.
+            pool.submit(_ARRIVES, call.f, call.catch).result()
+            start = time.perf_counter()
+            found = pool.submit(call_once, call.f, x, call.catch, False).result(seconds)
+        except TimeoutError:
+            self.kill()
+            return Attempt(None, time.perf_counter() - start, f"it took longer than {seconds:g} seconds")
+        except (BrokenExecutor, ShutdownExecutorError) as error:
+            self.kill()
+            raise BrokenExecutor(str(error)) from error
+        except Exception as error:
+            reason = f"what the objective returned can't be sent between processes: {_reason(error)}"
+            return Attempt(None, time.perf_counter() - start, reason)
+        return call.understand(Returned(*found))
+
+    def stop(self) -> None:
+        """Kill the process, and begin no other."""
+        with self._lock:
+            self._stopped = True
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the process with all that it has started."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, kill_workers=True)
+
+    def _ready(self) -> ProcessPoolExecutor:
+        with self._lock:
+            if self._stopped:
+                raise BrokenExecutor("it was stopped")
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(1, initializer=_END_WITH, initargs=(os.getpid(),))
+            return self._pool
+
+
+def unsendable(error: Exception) -> TypeError:
+    """That the objective function doesn't get to where it is to be called."""
+    return TypeError(f"f, or what it uses, can't be sent to another process: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong over there: the last line of the traceback that was sent along, if there is one."""
+    lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip('" ')]
+    return lines[-1][:2000] if lines else type(error).__name__
+
+
+def _sent() -> tuple[Callable[..., None], Callable[[int], None]]:
+    """Two functions, nested so that they travel by value."""
+
+    def arrives(*values: Any) -> None:
+        """Does nothing where the values have come to."""
+
+    def end_with(parent: int) -> None:
+        """End this process when its parent is gone, even if that couldn't say so."""
+        import os
+        import threading
+        import time
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(1)
+            os._exit(1)
+
+        if os.name == "posix":
+            threading.Thread(target=watch, daemon=True).start()
+
+    return arrives, end_with
+
+
+_ARRIVES, _END_WITH = _sent()
+
+
+class Children:
+    """Evaluates in processes of this machine, one for each worker.
+
+    Args:
+        call: the objective function.
+        num_workers: how many at once.
+        timeout: seconds after which an evaluation is killed.
+    """
+
+    def __init__(self, call: Call, num_workers: int, timeout: float | None = None) -> None:
+        self.call, self.num_workers, self.timeout = call, num_workers, timeout
+        self._children = [Child() for _ in range(num_workers)]
+        self._idle: SimpleQueue[Child] = SimpleQueue()
+        for child in self._children:
+            self._idle.put(child)
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="evaluation")
+
+    def start(self) -> None:
+        """Begin the first process."""
+        self._children[0].start(self.call)
+
+    def submit(self, x: Configuration, trial: Trial) -> Future[Attempt]:
+        """Evaluate a configuration."""
+        return self._threads.submit(self._run, x)
+
+    def _run(self, x: Configuration) -> Attempt:
+        child = self._idle.get()
+        try:
+            return child(self.call, x, self.timeout)
+        finally:
+            self._idle.put(child)
+
+    def died(self, error: BaseException) -> bool:
+        """Whether the process died."""
+        return isinstance(error, BrokenExecutor)
+
+    def shared_fate(self, error: BaseException) -> bool:
+        """Never: each process does one evaluation."""
+        return False
+
+    def stop(self) -> None:
+        """Kill all processes."""
+        for child in self._children:
+            child.stop()
+
+    def close(self) -> None:
+        """End the processes."""
+        for child in self._children:
+            with suppress(Exception):
+                child.stop()
+        self._threads.shutdown()
+
+
+_OWN = threading.local()
+
+
+def call_in_child(call: Call, x: Configuration, seconds: float) -> Attempt:
+    """Call the function in a child of this thread, for workers that can't kill an evaluation themselves."""
+    return _own_child()(call, x, seconds)
+
+
+def start_child(call: Call) -> None:
+    """Begin this thread's child, and see whether the function gets there."""
+    _own_child().start(call)
+
+
+def _own_child() -> Child:
+    if not hasattr(_OWN, "child"):
+        _OWN.child = Child()
+    child: Child = _OWN.child
+    return child
