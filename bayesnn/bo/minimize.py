@@ -85,7 +85,12 @@ def minimize(
         ...         yield loss_after_one_more_epoch(x)
         >>> minimize(f, {"rate": (1e-5, 1e-1, "log")}, fidelity=Fidelity(81), num_trials=100)
     """
-    search = {"surrogate": surrogate, "acquisition": acquisition, "num_startup": num_startup, "seed": seed}
+    search: dict[str, Any] = {
+        "surrogate": surrogate,
+        "acquisition": acquisition,
+        "num_startup": num_startup,
+        "seed": seed,
+    }
     search["fidelity"] = fidelity
     trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch, "fidelity": fidelity}
     return _optimize("minimize", f, space, num_trials, search, (storage, study_name), trials)
@@ -109,7 +114,12 @@ def maximize(
     catch: tuple[type[Exception], ...] = (Exception,),
 ) -> Result:
     """Look for the configuration with the highest value; everything else as in :func:`minimize`."""
-    search = {"surrogate": surrogate, "acquisition": acquisition, "num_startup": num_startup, "seed": seed}
+    search: dict[str, Any] = {
+        "surrogate": surrogate,
+        "acquisition": acquisition,
+        "num_startup": num_startup,
+        "seed": seed,
+    }
     search["fidelity"] = fidelity
     trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch, "fidelity": fidelity}
     return _optimize("maximize", f, space, num_trials, search, (storage, study_name), trials)
