@@ -6,6 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -267,13 +268,22 @@ def _fitter(surrogate: Any, fidelity: Fidelity | None) -> tuple[str, Callable[[T
     elif isinstance(surrogate, Model):
         model, name = surrogate, type(surrogate).__name__
     elif callable(surrogate) and not isinstance(surrogate, BotorchModel):
-        return getattr(surrogate, "__name__", repr(surrogate)), lambda X, Y, seed: surrogate(X, Y)
+        return getattr(surrogate, "__name__", repr(surrogate)), partial(_fit_by_function, surrogate)
     else:
         raise TypeError(
             "surrogate must be a name, an unfitted bayesnn model or a function (X, Y) -> fitted BoTorch model, "
             f"found {type(surrogate).__name__}"
         )
-    return name, lambda X, Y, seed: copy.deepcopy(model).fit(X, Y, seed=seed)
+    return name, partial(_fit_copy, model)
+
+
+# By name, not as lambdas: Optuna's users pickle samplers.
+def _fit_copy(model: Model, X: Tensor, Y: Tensor, seed: int) -> BotorchModel:
+    return copy.deepcopy(model).fit(X, Y, seed=seed)
+
+
+def _fit_by_function(function: FitFunction, X: Tensor, Y: Tensor, seed: int) -> BotorchModel:
+    return function(X, Y)
 
 
 def _note_fallback(record: dict[str, Any], name: str, error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from bayesnn.bo.space import Space
+
+# Of a process's threads, one at a time fits and searches: global generators and warnings' filters belong to all of them.
+ONE_AT_A_TIME = threading.RLock()
 
 ENUMERABLE = 10_000  # spaces up to this size are searched completely
 
@@ -102,19 +106,24 @@ def new_codes(codes: Tensor, avoid: Tensor, space: Space) -> Tensor:
 @contextmanager
 def local_randomness(seed: int) -> Iterator[None]:
     """BoTorch's optimisers draw from global generators; seed these for a while and put them back."""
+    with ONE_AT_A_TIME, _python_seed(seed), manual_seed(seed), warnings.catch_warnings():
+        # A point next to a known one makes the joint covariance singular up to rounding: that is what jitter is for.
+        warnings.simplefilter("ignore", NumericalWarning)
+        # Where nothing promises an improvement, any starting point is as good as another.
+        warnings.simplefilter("ignore", BadInitialCandidatesWarning)
+        # A line search that can't improve any more ends "abnormally"; the best point found is what counts.
+        warnings.filterwarnings("ignore", message="Optimization failed in `gen_candidates_scipy`")
+        warnings.filterwarnings("ignore", message="Optimization failed on the second try")
+        # Acquisition functions of ours keep the tried points elsewhere than BoTorch looks for them.
+        warnings.filterwarnings("ignore", message="Failed to extract X_baseline")
+        yield
+
+
+@contextmanager
+def _python_seed(seed: int) -> Iterator[None]:
     state = random.getstate()
     random.seed(seed)
     try:
-        with manual_seed(seed), warnings.catch_warnings():
-            # A point next to a known one makes the joint covariance singular up to rounding: that is what jitter is for.
-            warnings.simplefilter("ignore", NumericalWarning)
-            # Where nothing promises an improvement, any starting point is as good as another.
-            warnings.simplefilter("ignore", BadInitialCandidatesWarning)
-            # A line search that can't improve any more ends "abnormally"; the best point found is what counts.
-            warnings.filterwarnings("ignore", message="Optimization failed in `gen_candidates_scipy`")
-            warnings.filterwarnings("ignore", message="Optimization failed on the second try")
-            # Acquisition functions of ours keep the tried points elsewhere than BoTorch looks for them.
-            warnings.filterwarnings("ignore", message="Failed to extract X_baseline")
-            yield
+        yield
     finally:
         random.setstate(state)

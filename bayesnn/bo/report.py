@@ -113,12 +113,14 @@ def _trial_rows(study: Study, trials: list[FrozenTrial]) -> list[dict[str, Any]]
     """A row for each trial; every row has the same columns, marked so that no two names can be the same."""
     everything = study.get_trials(deepcopy=False)
     parameters = list(dict.fromkeys(name for trial in everything for name in trial.params))
+    constraints = list(dict.fromkeys(name for trial in everything for name in trial.constraints))
     retried = {number for trial in everything for number in trial.system_attrs.get("retry_history", [])}
     rows = []
     for trial in trials:
         values = trial.values or [None] * len(study.directions)
         row: dict[str, Any] = {"trial": str(trial.number), "state": trial.state.name.lower()}
         row |= {f"→ {name}": value for name, value in zip(objective_names(study), values, strict=True)}
+        row |= {f"{name} ≤ 0": trial.constraints.get(name) for name in constraints}
         row |= {f"{name} =": trial.params.get(name) for name in parameters}
         row["seconds"] = trial.user_attrs.get("seconds", trial.duration and trial.duration / timedelta(seconds=1))
         row["failure"] = failure_of(trial) or ("cut off, run again later" if trial.number in retried else "")

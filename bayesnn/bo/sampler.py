@@ -20,6 +20,7 @@ from bayesnn.bo.acquisition import Name
 from bayesnn.bo.chain import Answer, Chain, Surrogate
 from bayesnn.bo.fidelity import Fidelity
 from bayesnn.bo.observations import all_trials
+from bayesnn.bo.optimise import ONE_AT_A_TIME
 from bayesnn.bo.space import Space
 from bayesnn.data import BayesnnWarning
 
@@ -165,7 +166,8 @@ class SurrogateSampler(BaseSampler):
 
     def answers(self, study: Study, space: Space, number: int, q: int) -> list[Answer]:
         """What trial ``number`` and the q - 1 after it should try, jointly, and how that was found."""
-        return self.chain.answers(study, space, number, q)
+        with ONE_AT_A_TIME:  # studies run in threads, too: ``n_jobs=2``
+            return self.chain.answers(study, space, number, q)
 
 
 def _write(study: Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
+import time
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -15,10 +16,14 @@ from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTr
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+
+from bayesnn.bo.file_systems import network_file_system
+from bayesnn.data import BayesnnWarning
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 60, 180
 MAX_RETRIES = 3
+MAX_TRIES = 30  # to open a database that others may be making
 
 _SQLITE_HEADER = b"SQLite format 3\x00"
 
@@ -28,7 +33,9 @@ def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
 
     Args:
         storage: None for memory; a path for one SQLite file, made if there is none; a database URL
-            (``postgresql://…``); or an Optuna storage.
+            (``postgresql+psycopg://…``, with the extra ``postgresql``); or an Optuna storage.
+
+    Several processes may open, and make, the same one at once. A file on a network file system is warned of.
 
     Raises:
         ValueError: if it can't be opened, or isn't a database of studies.
@@ -44,20 +51,58 @@ def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
         path = Path(url).expanduser().resolve()
         _check_file(path)
         url = f"sqlite:///{path}"
+    _warn_of_network(url)
+    try:
+        return _open_url(url)
+    except (SQLAlchemyError, OptunaError, ImportError, RuntimeError) as error:
+        hint = '; its driver comes with pip install "bayesnn[postgresql]"' if _lacks_driver(url, error) else ""
+        raise ValueError(f"storage {str(storage)!r} can't be used as a database of studies: {error}{hint}") from error
+
+
+def _warn_of_network(url: str) -> None:
+    if not url.startswith("sqlite:///"):
+        return
+    path = Path(url.removeprefix("sqlite:///")).resolve()
+    kind = network_file_system(path)
+    if kind is not None:
+        warnings.warn(
+            f"storage {str(path)!r} lies on a network file system ({kind}), where SQLite can't keep processes apart and a "
+            "study that several share may be damaged: put the file on a local disk, or give the URL of a database server, "
+            "postgresql+psycopg://…",
+            BayesnnWarning,
+            stacklevel=3,
+        )
+
+
+def _open_url(url: str) -> RDBStorage:
     # Two processes on one file wait for each other instead of failing at once.
     options: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            return RDBStorage(
-                url,
-                engine_kwargs=options,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
-                heartbeat_stale_trial_callback=requeue,
-            )
-    except (SQLAlchemyError, OptunaError, ImportError, RuntimeError) as error:
-        raise ValueError(f"storage {str(storage)!r} can't be used as a database of studies: {error}") from error
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                return RDBStorage(
+                    url,
+                    engine_kwargs=options,
+                    heartbeat_interval=HEARTBEAT_SECONDS,
+                    grace_period=GRACE_SECONDS,
+                    heartbeat_stale_trial_callback=requeue,
+                )
+        except SQLAlchemyError as error:
+            if tries == MAX_TRIES or not _may_be_in_the_making(error):
+                raise
+            time.sleep(0.1)
+
+
+def _may_be_in_the_making(error: SQLAlchemyError) -> bool:
+    """Whether another process may be making the same tables at this moment: Optuna doesn't expect that."""
+    return isinstance(error, IntegrityError | ProgrammingError) or "already exists" in str(error)
+
+
+def _lacks_driver(url: str, error: Exception) -> bool:
+    return url.startswith("postgresql") and isinstance(error, ImportError)
 
 
 def _check_file(path: Path) -> None:

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from bayesnn.bo import Space, SurrogateSampler
 from bayesnn.bo.observations import observe
-from bayesnn.bo.pictures import convergence, parallel_coordinates
+from bayesnn.bo.pictures import convergence, parallel_coordinates, trade_offs
 from bayesnn.bo.report import load_study, study_page
 from bayesnn.bo.surrogate_pictures import View, pairs, slices
 
@@ -224,3 +224,20 @@ def test_constraints_of_trials() -> None:
     axes = parallel_coordinates(space, observations, ["value"]).axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["x", "y", "value"]
     assert page_of(study)
+
+
+def test_what_breaks_a_constraint_is_seen_to_and_is_never_the_best() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    distributions = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
+    for x, y, excess in ((0.5, 0.5, -1.0), (0.1, 0.1, 0.2), (0.4, 0.9, 0.0), (0.9, 0.1, -0.5)):
+        trial = study.ask(distributions)
+        trial.set_constraint("size", excess)
+        study.tell(trial, [x, y])
+    finished, best, broken = convergence(study).axes[0].get_lines()
+    assert finished.get_ydata().tolist() == [0.5, 0.4, 0.9] and best.get_ydata().tolist() == [0.5, 0.4, 0.4]
+    assert broken.get_xydata().tolist() == [[1, 0.1]] and broken.get_label() == "breaks a constraint"
+    others, front, broken = trade_offs(study).axes[0].get_lines()
+    assert len(others.get_xydata()) == 0 and len(front.get_xydata()) == 3
+    assert broken.get_xydata().tolist() == [[0.1, 0.1]]
+    page = page_of(study)
+    assert page.words.count("size ≤ 0") == 2 and page.words.count("-0.5") == 2  # of the front and of all trials
