@@ -256,14 +256,14 @@ class Chain:
 
 def _fitter(surrogate: Any, fidelity: Fidelity | None) -> tuple[str, Callable[[Tensor, Tensor, int], BotorchModel]]:
     """A surrogate's name, and how it is fitted to features, values and a seed."""
-    if surrogate == "gp" and fidelity is not None:
-        curves = LearningCurveProcess(fidelity.max_resource / fidelity.min_resource, bounds=(0.0, 1.0))
-        return "gp", lambda X, Y, seed: copy.deepcopy(curves).fit(X, Y, seed=seed)
     if surrogate == "auto":
         surrogate = AutoSurrogate()
     if isinstance(surrogate, AutoSurrogate):
         return "auto", surrogate
-    if isinstance(surrogate, str):
+    model: Any
+    if surrogate == "gp" and fidelity is not None:
+        model, name = LearningCurveProcess(fidelity.max_resource / fidelity.min_resource, bounds=(0.0, 1.0)), surrogate
+    elif isinstance(surrogate, str):
         model, name = surrogate_by_name(surrogate), surrogate
     elif isinstance(surrogate, Model):
         model, name = surrogate, type(surrogate).__name__

@@ -79,7 +79,7 @@ def observe_curves(study: Study, space: Space, fidelity: Fidelity, seed: int = 0
     curves = [curve for curve in curves if set(constraints) <= set(curve.trial.constraints)]
     kept, rest = _capped(curves, fidelity.max_rows, seed)
     codes = [_at(curve.code, fidelity, resource) for curve in kept for resource in curve.values]
-    values = [
+    outcomes = [
         [value, *(curve.trial.constraints[name] for name in constraints)]
         for curve in kept
         for value in curve.values.values()
@@ -87,7 +87,7 @@ def observe_curves(study: Study, space: Space, fidelity: Fidelity, seed: int = 0
     width = len(space.parameters) + 1
     observations = Observations(
         stack(codes, width),
-        stack(values, 1 + len(constraints)),
+        stack(outcomes, 1 + len(constraints)),
         constraints,
         ignored,
         stack(pending, width),

@@ -114,7 +114,7 @@ def minimize(
         >>> minimize(f, {"rate": (1e-5, 1e-1, "log")}, fidelity=Fidelity(81), num_trials=100)
     """
     goals = Goals.of("minimize", objectives, constraints)
-    search = {
+    search: dict[str, Any] = {
         "surrogate": surrogate,
         "acquisition": acquisition,
         "reference_point": reference_point,
@@ -155,7 +155,7 @@ def maximize(
     ``objectives`` have directions of their own, the same in both.
     """
     goals = Goals.of("maximize", objectives, constraints)
-    search = {
+    search: dict[str, Any] = {
         "surrogate": surrogate,
         "acquisition": acquisition,
         "reference_point": reference_point,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -206,6 +207,15 @@ def test_a_cap_on_rows_is_kept_and_told_of() -> None:
     record = study.trials[-1].user_attrs
     assert record["num_rows"] <= 12 and record["num_left_out"] > 0
     assert len({tuple(trial.params.values()) for trial in study.trials}) == len(study.trials)
+
+
+def test_a_sampler_with_a_fidelity_can_be_pickled() -> None:
+    own = sampler()
+    study = run(own, num_trials=8)
+    answers = [
+        each.chain.answers(study, GRID, 50, 1)[0].configuration for each in (own, pickle.loads(pickle.dumps(own)))
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_several_objectives_and_other_things_are_refused() -> None:
