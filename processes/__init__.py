@@ -5,6 +5,7 @@ from bayesnn.processes.dirichlet_classification import DirichletNNGP, MaximumEvi
 from bayesnn.processes.gaussian import NNGP
 from bayesnn.processes.gp import GaussianProcess
 from bayesnn.processes.gradient_flow import NTKEnsemble
+from bayesnn.processes.learning_curves import LearningCurveProcess
 from bayesnn.processes.neural import ConditionalNeuralProcess
 from bayesnn.processes.scale_mixture_process import ScaleMixtureProcess
 from bayesnn.processes.sparse_gaussian import CollapsedBound, SparseNNGP
@@ -19,6 +20,7 @@ __all__ = [
     "DeepKernel",
     "DirichletNNGP",
     "GaussianProcess",
+    "LearningCurveProcess",
     "MaximumEvidence",
     "NTKEnsemble",
     "ScaleMixtureProcess",

@@ -5,6 +5,7 @@ from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.bandit import NeuralBandit
 from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement, probability_of_improvement, quantile
 from bayesnn.bo.exploration import fast_cb, square_cb
+from bayesnn.bo.fidelity import Fidelity
 from bayesnn.bo.gradient_policies import NeuralThompson, NeuralUCB
 from bayesnn.bo.minimize import maximize, minimize
 from bayesnn.bo.parameters import Ordinal, When
@@ -18,6 +19,7 @@ __all__ = [
     "AutoSurrogate",
     "ClosedForm",
     "Evaluation",
+    "Fidelity",
     "Interrupted",
     "NeuFastCB",
     "NeuSquareCB",

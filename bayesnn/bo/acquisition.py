@@ -7,11 +7,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from botorch.acquisition import AcquisitionFunction, qUpperConfidenceBound
-from botorch.acquisition.logei import qLogExpectedImprovement, qLogNoisyExpectedImprovement
+from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.acquisition.max_value_entropy_search import qLowerBoundMaxValueEntropy
 from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
-from botorch.acquisition.multi_objective.parego import qLogNParEGO
 from botorch.acquisition.objective import GenericMCObjective
 from botorch.models.model import Model as BotorchModel
 from botorch.posteriors import Posterior
@@ -25,6 +24,7 @@ from torch.distributions import Normal
 from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement
 from bayesnn.bo.gaussian_model import GaussianModel
 from bayesnn.bo.knowledge_gradient import KnowledgeGradient
+from bayesnn.bo.limited import LogNoisyExpectedImprovement, LogNParEGO
 from bayesnn.bo.optimise import ENUMERABLE, new_codes
 from bayesnn.bo.outcomes import Outcomes, Scales
 from bayesnn.bo.space import Space
@@ -41,6 +41,8 @@ OF_ANY_DRAWS = ("logei", "lognei", "ucb", "lognparego")
 """Right for posteriors whose draws depend on all the points asked for: they compare values of one call only."""
 ANEW = ("thompson", "lognparego")
 """Drawn anew for each suggestion of a batch."""
+OF_INFORMATION = ("mes", "kg")
+"""They ask what observations tell, of pending points where they are made; all others compare values, at one resource."""
 PLACES = 256  # at which maxima are looked for where a function isn't known as a whole
 
 
@@ -179,11 +181,12 @@ def _log_ei(setting: Setting) -> AcquisitionFunction:
 
 def _log_nei(setting: Setting) -> AcquisitionFunction:
     at = _at_tried(setting)
-    return qLogNoisyExpectedImprovement(
-        setting.model,
-        setting.tried,
-        at.sampler,
-        _one_objective(setting, at),
+    return LogNoisyExpectedImprovement(
+        places=_spread_out(setting, PLACES // 4),
+        model=setting.model,
+        X_baseline=setting.tried,
+        sampler=at.sampler,
+        objective=_one_objective(setting, at),
         constraints=at.scales.constraints(setting.outcomes),
         prune_baseline=True,
     )
@@ -262,7 +265,7 @@ def _log_nehvi(setting: Setting) -> AcquisitionFunction:
 
 
 def _log_nparego(setting: Setting) -> AcquisitionFunction:
-    return qLogNParEGO(**_several(setting, _at_tried(setting)))
+    return LogNParEGO(places=_spread_out(setting, PLACES // 4), **_several(setting, _at_tried(setting)))
 
 
 BUILDERS: dict[str, Callable[[Setting], AcquisitionFunction]] = {

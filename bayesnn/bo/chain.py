@@ -16,7 +16,10 @@ from optuna.study import Study, StudyDirection
 from torch import Tensor
 
 from bayesnn.bo.acquisition import check_acquisition
+from bayesnn.bo.at_resource import AtResource, ModelAtResource
 from bayesnn.bo.auto import AutoSurrogate
+from bayesnn.bo.curves import observe_curves
+from bayesnn.bo.fidelity import Fidelity
 from bayesnn.bo.observations import Observations, observe
 from bayesnn.bo.optimise import SpaceExhaustedError, seen
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
@@ -25,6 +28,7 @@ from bayesnn.bo.space import Configuration, Space
 from bayesnn.bo.suggest import Proposal, check_reference_point, check_search, propose
 from bayesnn.data import BayesnnWarning
 from bayesnn.model import Model
+from bayesnn.processes import LearningCurveProcess
 from bayesnn.registry import surrogate as surrogate_by_name
 
 FitFunction = Callable[[Tensor, Tensor], BotorchModel]
@@ -41,50 +45,88 @@ class Answer(NamedTuple):
     record: dict[str, Any]
 
 
+class _Sight(NamedTuple):
+    """What a study's trials say.
+
+    Fields:
+        space: that is searched.
+        observations: with codes of that space.
+        num_observed: how many trials have values.
+        left_out: codes of trials whose values aren't modelled, because there are too many.
+        record: what a trial's record says of it.
+    """
+
+    space: Space
+    observations: Observations
+    num_observed: int
+    left_out: Tensor
+    record: dict[str, Any]
+
+    def drawn_in(self, outcomes: Outcomes) -> _Sight:
+        """With outliers among the bad values drawn in."""
+        values = drawn_in(self.observations.values, outcomes)
+        return self._replace(observations=self.observations._replace(values=values))
+
+
 class Chain:
     """What answers for the trials of a study, from those before them.
 
     Args:
-        surrogate, num_startup, seed: as in :class:`SurrogateSampler`.
+        surrogate, num_startup, seed, fidelity: as in :class:`SurrogateSampler`.
         search: the settings of :func:`suggest`, by name.
 
     Raises:
         TypeError, ValueError: for a surrogate that doesn't exist, and numbers that make no sense.
     """
 
-    def __init__(self, surrogate: Surrogate, num_startup: int, seed: int, search: Mapping[str, Any]) -> None:
+    def __init__(
+        self, surrogate: Surrogate, num_startup: int, seed: int, search: Mapping[str, Any], fidelity: Fidelity | None
+    ) -> None:
         if num_startup < 1:
             raise ValueError(f"num_startup must be at least 1, found {num_startup}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, found {seed}")
         check_search(**search)
         self.surrogate, self.num_startup, self.seed, self.search = surrogate, num_startup, seed, search
-        self.name, self._fit = _fitter(surrogate)
+        # With one rung, there is nothing to model but what trials end with.
+        self.fidelity = None if fidelity is None or len(fidelity.rungs) == 1 else fidelity
+        self.name, self._fit = _fitter(surrogate, self.fidelity)
         self._warned_of: set[str] = set()
 
     def fit(self, study: Study, space: Space) -> BotorchModel:
         """The surrogate, fitted to all finished trials of a study, outliers among the bad values drawn in.
 
+        With a fidelity, it is of outcomes after the whole resource.
+
         Raises:
             ValueError: if no trial has finished.
         """
-        observations = observe(study, space)
-        if not len(observations.codes):
+        sight = self._look(study, space)
+        if not sight.num_observed:
             raise ValueError("no trial of this study has finished with a finite value, so there is nothing to fit")
-        values = drawn_in(observations.values, _outcomes(study, observations))
-        return self._fitted(space, observations._replace(values=values), self.seed, self._fit)
+        model = self._fitted(sight.drawn_in(_outcomes(study, sight.observations)), self.seed, self._fit)
+        if self.fidelity is None:
+            return model
+        return ModelAtResource(model, self.fidelity.code(self.fidelity.max_resource))
 
-    def _fitted(
-        self,
-        space: Space,
-        observations: Observations,
-        seed: int,
-        fit: Callable[[Tensor, Tensor, int], BotorchModel],
-    ) -> BotorchModel:
+    def _look(self, study: Study, space: Space, number: int | None = None) -> _Sight:
+        """At all trials but the one of that number."""
+        if self.fidelity is None:
+            observations = observe(study, space, exclude=number)
+            return _Sight(space, observations, len(observations.codes), observations.codes[:0], {})
+        if len(study.directions) > 1:
+            raise ValueError(f"fidelity must be None for several objectives, found {len(study.directions)} of them")
+        curves = observe_curves(study, space, self.fidelity, self.seed, exclude=number)
+        resource, first = (self.fidelity.code(each) for each in (curves.resource, self.fidelity.rungs[0]))
+        observations, left_out = curves.observations, curves.left_out
+        record = {"num_rows": len(observations.codes), "num_left_out": len(left_out), "resource": curves.resource}
+        return _Sight(AtResource(space, resource, first), observations, curves.num_trials, left_out, record)
+
+    def _fitted(self, sight: _Sight, seed: int, fit: Callable[[Tensor, Tensor, int], BotorchModel]) -> BotorchModel:
         with warnings.catch_warnings():
             # A category that hasn't been tried yet is a constant column, nothing to tell the user about at each trial.
             warnings.filterwarnings("ignore", message="X: column", category=BayesnnWarning)
-            return fit(space.encode(observations.codes), observations.values, seed)
+            return fit(sight.space.encode(sight.observations.codes), sight.observations.values, seed)
 
     def answers(self, study: Study, space: Space, number: int, q: int) -> list[Answer]:
         """What trial ``number`` and the q - 1 after it should try, jointly, and how that was found.
@@ -92,27 +134,29 @@ class Chain:
         The surrogate is asked first, then BoTorch's Gaussian process, then the Sobol sequence.
         """
         start = time.perf_counter()
-        observations = observe(study, space, exclude=number)
+        sight = self._look(study, space, number)
+        observations = sight.observations
         record: dict[str, Any] = {
-            "num_observed": len(observations.codes),
+            "num_observed": sight.num_observed,
             "num_pending": len(observations.pending),
             "num_failed": len(observations.failed),
+            **sight.record,
         }
         self._tell_what_is_left_out(observations, record)
         outcomes = _outcomes(study, observations)
         # What the caller got wrong is the caller's to mend; only what a surrogate can't do is made up for.
         check_acquisition(self.search["acquisition"], outcomes)
         check_reference_point(self.search["reference_point"], outcomes)
-        values = drawn_in(observations.values, outcomes)
-        num_drawn_in = int((values != observations.values).any(-1).sum())
+        drawn = sight.drawn_in(outcomes)
+        num_drawn_in = int((drawn.observations.values != observations.values).any(-1).sum())
         if num_drawn_in:
             record["num_drawn_in"] = num_drawn_in
-        observations, found = observations._replace(values=values), None
-        if len(observations.codes) >= self.num_startup:
-            found = self._by_surrogate(space, observations, outcomes, number, q, record)
+        found = None
+        if sight.num_observed >= self.num_startup:
+            found = self._by_surrogate(drawn, outcomes, number, q, record)
         if found is None:
             record["sampler"] = "sobol"
-            codes, records = self._sobol(space, observations, number, q), [dict(record) for _ in range(q)]
+            codes, records = self._sobol(sight, number, q), [dict(record) for _ in range(q)]
         else:
             record["sampler"] = "surrogate"
             codes = found.codes
@@ -120,22 +164,22 @@ class Chain:
                 record | {"acquisition": found.acquisition, "acquisition_value": value} for value in found.values
             ]
         seconds = round((time.perf_counter() - start) / q, 6)
-        configurations = space.configurations(codes)
+        configurations = sight.space.configurations(codes)
         return [
             Answer(configuration, each | {"suggest_seconds": seconds})
             for configuration, each in zip(configurations, records, strict=True)
         ]
 
     def _by_surrogate(
-        self, space: Space, observations: Observations, outcomes: Outcomes, number: int, q: int, record: dict[str, Any]
+        self, sight: _Sight, outcomes: Outcomes, number: int, q: int, record: dict[str, Any]
     ) -> Proposal | None:
         fitters = [(self.name, self._fit)]
         if self.surrogate != FALLBACK:
-            fitters.append((FALLBACK, _fitter(FALLBACK)[1]))
+            fitters.append((FALLBACK, _fitter(FALLBACK, self.fidelity)[1]))
         for name, fit in fitters:
             record["surrogate"] = name
             try:
-                return self._propose(fit, space, observations, outcomes, number, q, record)
+                return self._propose(fit, sight, outcomes, number, q, record)
             except SpaceExhaustedError as error:  # another surrogate won't find more
                 reason = _note_fallback(record, name, error)
                 message = f"trial {number} repeats an earlier configuration: {reason}"
@@ -172,8 +216,7 @@ class Chain:
     def _propose(
         self,
         fit: Callable[[Tensor, Tensor, int], BotorchModel],
-        space: Space,
-        observations: Observations,
+        sight: _Sight,
         outcomes: Outcomes,
         number: int,
         q: int,
@@ -181,24 +224,27 @@ class Chain:
     ) -> Proposal:
         seed = _seed(self.seed, number)
         start = time.perf_counter()
-        model = self._fitted(space, observations, seed, fit)
+        model = self._fitted(sight, seed, fit)
         record["fit_seconds"] = round(time.perf_counter() - start, 6)
         if isinstance(fit, AutoSurrogate):
-            record |= fit.record(space.encode(observations.codes), observations.values)
+            record |= fit.record(sight.space.encode(sight.observations.codes), sight.observations.values)
         return propose(
             model,
-            space,
+            sight.space,
             q,
             outcomes=outcomes,
-            pending=observations.pending,
-            failed=observations.failed,
+            pending=sight.observations.pending,
+            failed=sight.observations.failed,
+            others=sight.left_out,
             seed=seed,
             **self.search,
         )
 
-    def _sobol(self, space: Space, observations: Observations, number: int, q: int) -> Tensor:
+    def _sobol(self, sight: _Sight, number: int, q: int) -> Tensor:
         """Each trial's own point of the sequence or, where that is known already, the first later one that isn't."""
-        known = torch.cat([observations.codes, observations.pending, observations.failed])
+        space, observations = sight.space, sight.observations
+        codes = [observations.codes, observations.pending, observations.failed, sight.left_out]
+        known = space.compared(torch.cat(codes))
         chosen = known[:0]
         for index in range(q):
             taken = torch.cat([known, chosen])
@@ -208,8 +254,11 @@ class Chain:
         return chosen
 
 
-def _fitter(surrogate: Any) -> tuple[str, Callable[[Tensor, Tensor, int], BotorchModel]]:
+def _fitter(surrogate: Any, fidelity: Fidelity | None) -> tuple[str, Callable[[Tensor, Tensor, int], BotorchModel]]:
     """A surrogate's name, and how it is fitted to features, values and a seed."""
+    if surrogate == "gp" and fidelity is not None:
+        curves = LearningCurveProcess(fidelity.max_resource / fidelity.min_resource, bounds=(0.0, 1.0))
+        return "gp", partial(_fit_copy, curves)
     if surrogate == "auto":
         surrogate = AutoSurrogate()
     if isinstance(surrogate, AutoSurrogate):

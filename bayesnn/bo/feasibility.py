@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from botorch.acquisition import AcquisitionFunction
 from torch import Tensor
 
 from bayesnn.bo.space import Space
+from bayesnn.data import BayesnnWarning
 from bayesnn.likelihoods import Categorical
 from bayesnn.processes import DirichletNNGP
 
@@ -32,7 +34,10 @@ class SuccessModel:
         self.space = space
         labels = torch.cat([torch.ones(len(succeeded)), torch.zeros(len(failed))]).long()
         self.model = DirichletNNGP(Categorical(2), depth=2, activation="erf")
-        self.model.fit(space.encode(torch.cat([succeeded, failed])), labels)
+        with warnings.catch_warnings():
+            # A category that hasn't been tried yet, or the one resource of the search.
+            warnings.filterwarnings("ignore", message="X: column", category=BayesnnWarning)
+            self.model.fit(space.encode(torch.cat([succeeded, failed])), labels)
 
     @classmethod
     def of(cls, space: Space, succeeded: Tensor, failed: Tensor) -> SuccessModel | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from optuna.storages import BaseStorage
 
 from bayesnn.bo.acquisition import Name
 from bayesnn.bo.chain import Surrogate
+from bayesnn.bo.fidelity import Fidelity
 from bayesnn.bo.outcomes import Direction
 from bayesnn.bo.result import Interrupted, Result, history_of, result_of
 from bayesnn.bo.sampler import SurrogateSampler
@@ -21,6 +23,7 @@ def minimize(
     f: Objective,
     space: Space | Mapping[str, Any],
     *,
+    fidelity: Fidelity | None = None,
     surrogate: Surrogate = "nngp",
     acquisition: Name = "auto",
     num_trials: int = 30,
@@ -44,6 +47,9 @@ def minimize(
     Args:
         f: the objective, called with one dict, the configuration: ``f({"x": 0.3, "n": 4, "kind": "a"})``.
         space: the search space, see :class:`Space`.
+        fidelity: for an f that yields its value after each unit of resource, how many there are, and when it is asked no
+            more: ``Fidelity(max_resource=81)``. The last value of those that get to the end is what counts. Evaluations
+            that are ended early are trials, too; what they yielded is modelled, see :class:`SurrogateSampler`.
         surrogate: a name among ``bayesnn.surrogates()``, "auto" for the one of several that predicts best, an unfitted
             model, or a function from features and values to a fitted BoTorch model.
         acquisition: as in :func:`suggest`.
@@ -73,9 +79,15 @@ def minimize(
         ...     return (x["u"] - 0.3) ** 2 + x["n"]
         >>> result = minimize(f, {"u": (0.0, 1.0), "n": (1, 10)}, num_trials=30, seed=0, storage="study.db")
         >>> result.x, result.value
+
+        >>> def f(x):
+        ...     for epoch in range(81):
+        ...         yield loss_after_one_more_epoch(x)
+        >>> minimize(f, {"rate": (1e-5, 1e-1, "log")}, fidelity=Fidelity(81), num_trials=100)
     """
     search = {"surrogate": surrogate, "acquisition": acquisition, "num_startup": num_startup, "seed": seed}
-    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch}
+    search["fidelity"] = fidelity
+    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch, "fidelity": fidelity}
     return _optimize("minimize", f, space, num_trials, search, (storage, study_name), trials)
 
 
@@ -83,6 +95,7 @@ def maximize(
     f: Objective,
     space: Space | Mapping[str, Any],
     *,
+    fidelity: Fidelity | None = None,
     surrogate: Surrogate = "nngp",
     acquisition: Name = "auto",
     num_trials: int = 30,
@@ -97,7 +110,8 @@ def maximize(
 ) -> Result:
     """Look for the configuration with the highest value; everything else as in :func:`minimize`."""
     search = {"surrogate": surrogate, "acquisition": acquisition, "num_startup": num_startup, "seed": seed}
-    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch}
+    search["fidelity"] = fidelity
+    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks, "catch": catch, "fidelity": fidelity}
     return _optimize("maximize", f, space, num_trials, search, (storage, study_name), trials)
 
 
@@ -117,6 +131,8 @@ def _optimize(
 ) -> Result:
     if not callable(f):
         raise TypeError(f"f must be a function of a configuration, found {type(f).__name__}")
+    if inspect.isgeneratorfunction(f) and trials["fidelity"] is None:
+        raise TypeError("f yields values: say with fidelity=Fidelity(max_resource=…) how many there are")
     space = space if isinstance(space, Space) else Space(space)
     if not isinstance(num_trials, int) or num_trials < 1:
         raise ValueError(f"num_trials must be a whole number, at least 1, found {num_trials!r}")
@@ -130,11 +146,13 @@ def _optimize(
     sampler = SurrogateSampler(space=space, **search)
     with quiet_optuna():
         study = open_study(direction, space, sampler, *kept)
+        if trials["fidelity"] is not None:
+            trials["fidelity"].attach(study)
         try:
             run_trials(study, f, space, num_trials, **trials)
         except KeyboardInterrupt as interrupt:
             history = history_of(study, space)
-            succeeded = any(evaluation.failure is None for evaluation in history)
+            succeeded = any(evaluation.value is not None for evaluation in history)
             raise Interrupted(
                 f"stopped after {len(history)} of {num_trials} evaluations; what was found is this exception's result",
                 result_of(study, space, sampler) if succeeded else None,

@@ -44,15 +44,14 @@ def observe(study: Study, space: Space, exclude: int | None = None) -> Observati
         space: the space.
         exclude: the number of a trial to leave out, the one that is being started.
     """
-    trials = study.get_trials(deepcopy=False)
-    # A trial that was cut off failed by no fault of its configuration, which has been queued again.
-    cut_off = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+    trials = all_trials(study)
+    skipped = cut_off(trials) | {exclude}
     rows: dict[str, list[Tensor]] = {"finished": [], "pending": [], "failed": []}
     finished, num_outside = [], 0
     for trial in trials:
-        if trial.number == exclude or trial.number in cut_off:
+        if trial.number in skipped:
             continue
-        code = _code(trial, space)
+        code = code_of(trial, space)
         if code is None:
             num_outside += _has_values(trial)
         elif trial.state in (TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED):
@@ -62,20 +61,36 @@ def observe(study: Study, space: Space, exclude: int | None = None) -> Observati
             finished.append(trial)
         else:
             rows["failed"].append(code)
-    named = [set(trial.constraints) for trial in finished] or [set[str]()]
-    constraints = tuple(sorted(set.intersection(*named)))
-    ignored = tuple(sorted(set.union(*named) - set(constraints)))
+    constraints, ignored = common_constraints(finished)
     values = [[*trial.values, *(trial.constraints[name] for name in constraints)] for trial in finished]
-    codes, pending, failed = (_stack(rows[kind], len(space.parameters)) for kind in rows)
+    codes, pending, failed = (stack(rows[kind], len(space.parameters)) for kind in rows)
     width = len(study.directions) + len(constraints)
-    return Observations(codes, _stack(values, width), constraints, ignored, pending, failed, num_outside)
+    return Observations(codes, stack(values, width), constraints, ignored, pending, failed, num_outside)
+
+
+def all_trials(study: Study) -> list[FrozenTrial]:
+    """A study's trials, of all brackets: Hyperband's pruner shows a sampler those of one alone."""
+    return study._storage.get_all_trials(study._study_id, deepcopy=False)
+
+
+def cut_off(trials: Sequence[FrozenTrial]) -> set[int | None]:
+    """The numbers of those that failed by no fault of their configuration, which has been queued again."""
+    return {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+
+
+def common_constraints(trials: Sequence[FrozenTrial]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the constraints that all of the trials have, and of those that only some have."""
+    named = [set(trial.constraints) for trial in trials] or [set[str]()]
+    common = set.intersection(*named)
+    return tuple(sorted(common)), tuple(sorted(set.union(*named) - common))
 
 
 def _has_values(trial: FrozenTrial) -> bool:
     return trial.state is TrialState.COMPLETE and bool(np.isfinite(trial.values).all())
 
 
-def _code(trial: FrozenTrial, space: Space) -> Tensor | None:
+def code_of(trial: FrozenTrial, space: Space) -> Tensor | None:
+    """The code of a trial's configuration, (d,); None if it lies outside the space."""
     configuration: dict[str, Any] = {}
     for name in space.names:  # what doesn't exist under the condition doesn't count, though the trial may have it
         if name in trial.params and space.exists(name, configuration):
@@ -86,6 +101,7 @@ def _code(trial: FrozenTrial, space: Space) -> Tensor | None:
         return None
 
 
-def _stack(rows: Sequence[Any], width: int) -> Tensor:
+def stack(rows: Sequence[Any], width: int) -> Tensor:
+    """Rows as a matrix (n, width), which may have none."""
     tensors = [torch.as_tensor(row, dtype=torch.float64) for row in rows]
     return torch.stack(tensors) if tensors else torch.empty(0, width, dtype=torch.float64)

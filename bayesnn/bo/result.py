@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,9 +26,11 @@ class Evaluation:
     Fields:
         number: the trial's.
         x: the configuration.
-        value: what the objective returned; None if it failed.
+        value: what the objective returned; None if it failed, or was ended early.
         seconds: how long it took, without the choice of the configuration.
         failure: why it failed; None if it didn't.
+        pruned: whether it was ended early, because what it had reported didn't promise enough.
+        curve: what it reported on the way, by the resource spent until then.
     """
 
     number: int
@@ -35,6 +38,8 @@ class Evaluation:
     value: float | None
     seconds: float
     failure: str | None
+    pruned: bool = False
+    curve: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,8 +68,13 @@ class Result:
         return sum(evaluation.failure is not None for evaluation in self.history)
 
     @property
+    def num_pruned(self) -> int:
+        """How many evaluations were ended early."""
+        return sum(evaluation.pruned for evaluation in self.history)
+
+    @property
     def best_so_far(self) -> np.ndarray:
-        """The best value after each evaluation, (n,); NaN before the first that didn't fail."""
+        """The best value after each evaluation, (n,); NaN before the first with a value."""
         best = np.fmax if self.study.direction is StudyDirection.MAXIMIZE else np.fmin
         values = [math.nan if evaluation.value is None else evaluation.value for evaluation in self.history]
         return best.accumulate(np.array(values, dtype=float))
@@ -76,7 +86,8 @@ class Result:
 
     def __repr__(self) -> str:
         failed = f", {self.num_failed} failed" if self.num_failed else ""
-        return f"Result(value={self.value:.6g}, x={self.x}, {len(self.history)} evaluations{failed})"
+        pruned = f", {self.num_pruned} ended early" if self.num_pruned else ""
+        return f"Result(value={self.value:.6g}, x={self.x}, {len(self.history)} evaluations{failed}{pruned})"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -97,8 +108,8 @@ def failure_of(trial: FrozenTrial) -> str | None:
 
 
 def is_evaluation(trial: FrozenTrial) -> bool:
-    """Whether the objective has answered, with a value or by failing."""
-    return trial.state is TrialState.COMPLETE or failure_of(trial) is not None
+    """Whether the objective has answered, with a value or by failing, or was ended early."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or failure_of(trial) is not None
 
 
 def history_of(study: Study, space: Space) -> tuple[Evaluation, ...]:
@@ -110,6 +121,8 @@ def history_of(study: Study, space: Space) -> tuple[Evaluation, ...]:
             value=trial.value if trial.state is TrialState.COMPLETE else None,
             seconds=trial.user_attrs.get("seconds", trial.duration.total_seconds() if trial.duration else math.nan),
             failure=failure_of(trial),
+            pruned=trial.state is TrialState.PRUNED,
+            curve=dict(sorted(trial.intermediate_values.items())),
         )
         for trial in study.get_trials(deepcopy=False)
         if is_evaluation(trial)
@@ -124,7 +137,7 @@ def result_of(study: Study, space: Space, sampler: SurrogateSampler) -> Result:
     """
     history = history_of(study, space)
     failures = [evaluation.failure for evaluation in history if evaluation.failure is not None]
-    if len(failures) == len(history):
+    if all(evaluation.value is None for evaluation in history):
         reason = f"; the last one: {failures[-1]}" if failures else ""
         raise RuntimeError(f"no evaluation succeeded, {len(failures)} failed{reason}")
     if failures:

@@ -18,6 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bayesnn.bo.acquisition import Name
 from bayesnn.bo.chain import Answer, Chain, Surrogate
+from bayesnn.bo.fidelity import Fidelity
+from bayesnn.bo.observations import all_trials
 from bayesnn.bo.optimise import ONE_AT_A_TIME
 from bayesnn.bo.space import Space
 from bayesnn.data import BayesnnWarning
@@ -43,6 +45,17 @@ class SurrogateSampler(BaseSampler):
     ``constraints_ignored``, those that some finished trials lack, and ``num_outside``, how many finished trials aren't in the
     space, and ``num_drawn_in``, how many trials had outlying bad values.
 
+    With a ``fidelity``, what trials report on the way (``trial.report(value, step)``) is modelled too, that of the running and
+    the pruned ones included: one model over configurations and resources, fitted to the values at the rungs, which a pruner
+    (``fidelity.pruner()``) needs as well. Each running trial is pending at its next rung. The acquisition function looks at
+    the highest rung at which at least three trials have a value (BOHB's rule, as in MOBSTER; from memory), and compares all
+    configurations there. The improvement expected at the running trials' next values, on average over these, is the same as
+    if they were pending at that rung, and so it is computed; "mes" and "kg" count what the next values tell. The surrogate
+    "gp" is then :class:`bayesnn.processes.LearningCurveProcess`, also where it takes another one's place; any other gets the
+    resource on the log scale, 0 to 1, as one more input. For one objective. The record then has ``num_rows``, how many values
+    were modelled (``num_observed`` is of how many trials), ``num_left_out``, the trials that were too many, and
+    ``resource``, the rung that the acquisition function looked at. Trials count for ``num_startup`` when they have a value.
+
     Args:
         surrogate: a name among ``bayesnn.surrogates()``; or "auto", the one of several that predicts best
             (:class:`AutoSurrogate`); or an unfitted model, which is copied for each fit; or a function from features (n, d)
@@ -50,6 +63,7 @@ class SurrogateSampler(BaseSampler):
         num_startup: how many trials must have finished before the surrogate is used.
         seed: of every random draw.
         space: the search space, if it is known beforehand; otherwise it is what the finished trials have in common.
+        fidelity: the resources of trials that report values on the way and may be pruned; None: what trials end with is all.
         acquisition, reference_point, beta, num_restarts, raw_samples, num_samples, seconds: as in :func:`suggest`.
 
     Raises:
@@ -58,6 +72,12 @@ class SurrogateSampler(BaseSampler):
     Example:
         >>> study = optuna.create_study(sampler=SurrogateSampler("nngp", seed=0))
         >>> study.optimize(objective, n_trials=50)
+
+        >>> fidelity = Fidelity(max_resource=81)
+        >>> study = optuna.create_study(sampler=SurrogateSampler("gp", fidelity=fidelity), pruner=fidelity.pruner())
+
+    Source, for the fidelity: Klein, Tiao, Lienart, Archambeau and Seeger, Model-based asynchronous hyperparameter and neural
+    architecture search (2020), "MOBSTER".
     """
 
     def __init__(
@@ -67,6 +87,7 @@ class SurrogateSampler(BaseSampler):
         num_startup: int = 10,
         seed: int = 0,
         space: Space | Mapping[str, Any] | None = None,
+        fidelity: Fidelity | None = None,
         acquisition: Name = "auto",
         reference_point: Sequence[float] | None = None,
         beta: float = 4.0,
@@ -75,6 +96,8 @@ class SurrogateSampler(BaseSampler):
         num_samples: int = 256,
         seconds: float | None = None,
     ) -> None:
+        if fidelity is not None and not isinstance(fidelity, Fidelity):
+            raise TypeError(f"fidelity must be a Fidelity, found {type(fidelity).__name__}")
         self.space = space if isinstance(space, Space) or space is None else Space(space)
         search: dict[str, Any] = {
             "acquisition": acquisition,
@@ -85,7 +108,7 @@ class SurrogateSampler(BaseSampler):
             "num_samples": num_samples,
             "seconds": seconds,
         }
-        self.chain = Chain(surrogate, num_startup, seed, search)
+        self.chain = Chain(surrogate, num_startup, seed, search, fidelity)
         self.num_startup, self.seed, self.surrogate_name = num_startup, seed, self.chain.name
         self._warned_of: set[str] = set()
 
@@ -95,7 +118,7 @@ class SurrogateSampler(BaseSampler):
         """The parameters that all finished trials have, or those of the given space."""
         if self.space is not None:
             return self.space.distributions()
-        common = intersection_search_space(study.get_trials(deepcopy=False))
+        common = intersection_search_space(all_trials(study))
         return {name: distribution for name, distribution in common.items() if not distribution.single()}
 
     def sample_relative(
@@ -116,7 +139,7 @@ class SurrogateSampler(BaseSampler):
         current = study._storage.get_trial(trial._trial_id)
         alone = [*current.user_attrs.get("independent", []), param_name]
         _write(study, trial, {"independent": alone})
-        num_finished = len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+        num_finished = sum(each.state is TrialState.COMPLETE for each in all_trials(study))
         if num_finished >= self.num_startup and param_name not in self._warned_of:
             self._warned_of.add(param_name)
             warnings.warn(

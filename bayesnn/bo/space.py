@@ -253,6 +253,16 @@ class Space:
         """
         return self.encode(self.codes(configurations))
 
+    # Where there is a resource (AtResource); here there is none ------------------------------------------------------
+
+    def compared(self, codes: Tensor) -> Tensor:
+        """Codes (n, d) as an acquisition function compares them: as they are."""
+        return codes
+
+    def begun(self, codes: Tensor) -> Tensor:
+        """Codes (n, d) as those of evaluations that have just begun: as they are."""
+        return codes
+
     # Points ------------------------------------------------------------------------------------------------------------
 
     def sobol(self, num_points: int, seed: int, skip: int = 0) -> Tensor:

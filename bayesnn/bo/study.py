@@ -6,14 +6,14 @@ import math
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.exceptions import ExperimentalWarning, OptunaError, TrialPruned
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
@@ -21,6 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
+from bayesnn.bo.fidelity import Fidelity
+from bayesnn.bo.follow import finite, follow
 from bayesnn.bo.outcomes import Direction
 from bayesnn.bo.parameters import Categorical, Ordinal
 from bayesnn.bo.result import is_evaluation
@@ -100,6 +102,7 @@ def run_trials(
     timeout: float | None = None,
     callbacks: Sequence[Callback] = (),
     catch: tuple[type[Exception], ...] = (Exception,),
+    fidelity: Fidelity | None = None,
 ) -> None:
     """Evaluate f until the study has ``num_trials`` evaluations, those that other processes are at included.
 
@@ -119,11 +122,11 @@ def run_trials(
     def objective(trial: optuna.Trial) -> float:
         running[:] = [trial.number]
         sign(trial)
-        return _evaluate(f, configuration_of(trial, space), trial, catch)
+        return _evaluate(f, configuration_of(trial, space), trial, catch, fidelity)
 
     def after(study: Study, trial: FrozenTrial) -> None:
         bar.update()
-        if is_evaluation(trial) and trial.value is not None:
+        if trial.state is TrialState.COMPLETE:
             bar.set_postfix(best=f"{study.best_value:.6g}")
         if num_begun(study) >= wanted:
             study.stop()
@@ -160,11 +163,21 @@ def configuration_of(trial: optuna.Trial, space: Space) -> Configuration:
     return configuration
 
 
-def _evaluate(f: Objective, x: Configuration, trial: optuna.Trial, catch: tuple[type[Exception], ...]) -> float:
-    """f(x); a failure leaves its reason in the trial and becomes NaN, which Optuna takes as one."""
+def _evaluate(
+    f: Objective,
+    x: Configuration,
+    trial: optuna.Trial,
+    catch: tuple[type[Exception], ...],
+    fidelity: Fidelity | None,
+) -> float:
+    """f(x), or the last value that it yields; a failure leaves its reason in the trial and becomes NaN, Optuna's failure."""
     start = time.perf_counter()
     try:
         returned = f(x)
+        if fidelity is not None and isinstance(returned, Generator):
+            returned = follow(returned, trial, fidelity)
+    except TrialPruned:
+        raise
     except Exception as error:
         trial.set_user_attr("failure", "".join(traceback.format_exception_only(error)).strip()[:2000])
         if not isinstance(error, catch):
@@ -172,19 +185,8 @@ def _evaluate(f: Objective, x: Configuration, trial: optuna.Trial, catch: tuple[
         return math.nan
     finally:
         trial.set_user_attr("seconds", time.perf_counter() - start)
-    value = _finite(returned)
+    value = finite(returned)
     if value is None:
         trial.set_user_attr("failure", f"the objective returned {returned!r:.200}, not a finite number")
         return math.nan
     return value
-
-
-def _finite(returned: Any) -> float | None:
-    """A number, or an array or tensor of one, as a float; None for anything else."""
-    if isinstance(returned, (str, bytes, bytearray)) or returned is None:
-        return None
-    try:
-        value = float(returned.item() if hasattr(returned, "item") else returned)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-    return value if math.isfinite(value) else None

@@ -15,6 +15,8 @@ from torch import Tensor
 from bayesnn.bo.acquisition import (
     ANEW,
     NAMES,
+    OF_INFORMATION,
+    WITH_LIMITS,
     Name,
     Setting,
     acquisition as build_acquisition,
@@ -22,7 +24,7 @@ from bayesnn.bo.acquisition import (
     draws_are_functions,
 )
 from bayesnn.bo.feasibility import IfItSucceeds, SuccessModel
-from bayesnn.bo.optimise import Effort, SpaceExhaustedError, local_randomness, maximise
+from bayesnn.bo.optimise import Effort, SpaceExhaustedError, local_randomness, maximise, seen
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
 from bayesnn.bo.space import Configuration, Space
 from bayesnn.checks import count, nonnegative, number as finite_number, positive
@@ -150,6 +152,7 @@ def propose(
     outcomes: Outcomes,
     pending: Tensor,
     failed: Tensor | None = None,
+    others: Tensor | None = None,
     acquisition: str = "auto",
     reference_point: Sequence[float] | None = None,
     beta: float = 4.0,
@@ -159,7 +162,12 @@ def propose(
     seconds: float | None = None,
     seed: int = 0,
 ) -> Proposal:
-    """:func:`suggest` on codes, with the acquisition values."""
+    """:func:`suggest` on codes, with the acquisition values.
+
+    Args:
+        others: codes that aren't suggested either, besides those that the model was fitted to, the pending and the failed.
+        All else is as in :func:`suggest`. In an ``AtResource``, pending codes have resources of their own.
+    """
     count("q", q)
     count("seed", seed, least=0)
     check_search(acquisition, reference_point, beta, num_restarts, raw_samples, num_samples, seconds)
@@ -167,20 +175,24 @@ def propose(
     check_acquisition(acquisition, outcomes, model)
     check_reference_point(reference_point, outcomes)
     on_codes = _OnCodes(model, space)
-    tried = space.decode(_training_features(model))
-    failed = pending[:0] if failed is None else failed
+    tried = space.compared(space.decode(_training_features(model)))
+    failed, others = (pending[:0] if given is None else space.compared(given) for given in (failed, others))
     reference = None if reference_point is None else tuple(float(value) for value in reference_point)
     with local_randomness(seed):
         success = SuccessModel.of(space, tried, failed)
         codes, values = pending.new_empty(0, pending.shape[-1]), []
         function: AcquisitionFunction | None = None
         for index in range(q):
-            taken = torch.cat([pending, codes])
-            avoid = torch.cat([tried, failed, taken])
+            taken = torch.cat([pending, space.begun(codes)])
+            avoid = torch.cat([tried, failed, others, space.compared(taken)])
             if function is None or acquisition in ANEW:
                 own_seed = seed + index * SEEDS_PER_SUGGESTION
                 setting = Setting(on_codes, space, tried, avoid, outcomes, reference, num_samples, beta, own_seed)
                 acquisition, function = build_acquisition(acquisition, setting, q, len(pending))
+            if acquisition not in OF_INFORMATION:
+                taken = space.compared(taken)
+            if acquisition in WITH_LIMITS:  # a running trial with values is among what improvements are measured from
+                taken = taken[~seen(taken, tried)]
             if len(taken):
                 function.set_X_pending(taken)
             weighed = function if success is None else IfItSucceeds(function, success, acquisition)

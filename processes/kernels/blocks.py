@@ -1,8 +1,9 @@
 """Kernel matrices block by block: what is computed on the way stays in the cache, and is computed again for gradients.
 
-A matrix takes the memory of its entries alone, forwards and backwards, however many layers made it. Blocks are spread over
-threads, each on its own: a block's operations are too small to be worth sharing. Where both inputs are the same, only the
-blocks on and above the diagonal are computed. Results don't depend on the number of threads.
+A matrix takes the memory of its entries alone, forwards and backwards, however many layers made it; only small ones keep what
+is computed on the way. Blocks are spread over threads, each on its own: a block's operations are too small to be worth
+sharing. Where both inputs are the same, only the blocks on and above the diagonal are computed. Results don't depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -47,8 +48,16 @@ def blockwise(
         diagonal: (*batch, n), what is put in the diagonal's place, and gets its gradients.
     """
     same = x1 is x2 or (x1.shape == x2.shape and not (x1.requires_grad or x2.requires_grad) and torch.equal(x1, x2))
+    if x1.shape[:-1].numel() * x2.shape[-2] * entries <= ENTRIES // 8:
+        # So small a matrix costs what its operations cost, not its entries: none is done twice.
+        values = kernel(x1, x1 if same else x2, *parameters)
+        return values if diagonal is None else _with_diagonal(values, diagonal)
     result: Tensor = _Blockwise.apply(kernel, entries, x1, None if same else x2, diagonal, *parameters)
     return result
+
+
+def _with_diagonal(matrix: Tensor, diagonal: Tensor) -> Tensor:
+    return matrix.diagonal_scatter(diagonal.expand(matrix.shape[:-1]), dim1=-2, dim2=-1)
 
 
 def by_rows(function: Callable[[Tensor, Tensor], Tensor], x1: Tensor, x2: Tensor, entries: int) -> Tensor:

@@ -275,3 +275,17 @@ def test_models_made_of_others_tell_whose_draws_are_no_functions() -> None:
     with pytest.raises(ValueError, match="for a model whose draws depend on the points asked for"):
         check_acquisition("lognehvi", outcomes_of(2, "minimize"), several)
     check_acquisition("lognehvi", outcomes_of(2, "minimize"), ModelList(gp(bump(X)), gp(bump(X))))
+
+
+@pytest.mark.parametrize("num_outputs", [2, 3])
+def test_values_under_limits_are_no_estimates(num_outputs: int) -> None:
+    """Where no tried configuration keeps the limits, a lower bound stands for the best: the same at each call."""
+    targets = torch.cat([X, -X, (X - 0.5).abs()], -1)[:, -num_outputs:]
+    model = gp(targets, noise_var=1e-2)
+    outcomes = outcomes_of(num_outputs, "maximize", {num_outputs - 1: ("<=", 0.0)})
+    name = "lognei" if num_outputs == 2 else "lognparego"
+    function = acquisition(name, setting(model, outcomes), 1, 0)[1]
+    once = function(GRID.unsqueeze(-2))
+    assert function.lower_bound is not None
+    assert torch.equal(function(GRID.unsqueeze(-2)), once)
+    assert float(function.lower_bound) < float(function.baseline_obj.min())  # type: ignore[arg-type]
