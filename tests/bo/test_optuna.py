@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from torch import Tensor
 
 from bayesnn import NNGP
-from bayesnn.bo import AutoSurrogate, Space, SurrogateSampler, When
+from bayesnn.bo import AutoSurrogate, Fidelity, Space, SurrogateSampler, When
 from bayesnn.bo.optimise import local_randomness
 from bayesnn.bo.study import configuration_of
 
@@ -125,6 +125,11 @@ def test_a_pickled_sampler_goes_on_alike(surrogate: Any) -> None:
         record = study.trials[-1].user_attrs
         assert record["sampler"] == "surrogate" and "fallback" not in record and "independent" not in record
     assert asked[0] == asked[1]
+
+
+def test_a_sampler_of_curves_can_be_pickled() -> None:
+    own = sampler(surrogate="gp", space={"x": (0.0, 1.0)}, fidelity=Fidelity(max_resource=9))
+    assert pickle.loads(pickle.dumps(own)).surrogate_name == "gp"
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
