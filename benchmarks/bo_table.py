@@ -162,5 +162,5 @@ def print_table(notes: dict[str, Any]) -> None:
 def _entry(found: dict[str, Any] | None) -> str:
     if found is None:
         return "–"
-    error = "" if found["stderr"] is None else f"±{found['stderr']:.2f}"
-    return f"{found['mean']:.2f}{error} ({found['seeds']})"
+    error = "" if found["stderr"] is None else f"±{found['stderr']:.2g}"
+    return f"{found['mean']:.3g}{error} ({found['seeds']})"

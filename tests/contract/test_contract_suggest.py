@@ -161,8 +161,7 @@ def test_nothing_is_gained_where_the_value_is_known_or_awaited(surrogate, proble
 def test_no_improvement_is_expected_where_a_noiseless_value_is_known(surrogate):
     """Over the best mean, which is then the best value."""
     codes, Y = outputs(SQUARE, 1)
-    options = {"widths": (8, 2), "num_steps": 50} if surrogate == "dkl" else {}
-    model = bayesnn.surrogate(surrogate, likelihood=Gaussian(noise_std=1e-3), **options).fit(codes, Y)
+    model = bayesnn.surrogate(surrogate, likelihood=Gaussian(noise_std=1e-3)).fit(codes, Y)
     function = built(model, "square", "one", "logei")
     with torch.no_grad():
         known, elsewhere = (function(X.unsqueeze(1)).exp() for X in (codes, SQUARE.sobol(32, seed=1)))
