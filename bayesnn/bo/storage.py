@@ -12,6 +12,8 @@ from typing import Any
 
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
@@ -75,8 +77,12 @@ def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
         engine_kwargs=options,
         heartbeat_interval=recovery.HEARTBEAT_SECONDS,
         grace_period=recovery.GRACE_SECONDS,
-        heartbeat_stale_trial_callback=recovery.requeue,
+        heartbeat_stale_trial_callback=_requeue,
     )
+
+
+def _requeue(study: Study, trial: FrozenTrial) -> None:
+    recovery.requeue(study, trial)
 
 
 class _WrittenAhead(sqlite3.Connection):
@@ -110,7 +116,8 @@ def _sqlite_options(url: str) -> dict[str, Any]:
 
 def file_system(path: Path) -> str | None:
     """The kind of file system that a path is on, as Linux calls it; None where that can't be told."""
-    path, found = path.resolve(), (-1, None)
+    path = path.resolve()
+    found: tuple[int, str | None] = (-1, None)
     with suppress(OSError):
         for line in Path("/proc/self/mounts").read_text().splitlines():
             _, place, kind, *_ = line.split(" ")
