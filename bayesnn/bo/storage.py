@@ -12,6 +12,8 @@ from typing import Any
 
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
@@ -82,8 +84,12 @@ def _connected(url: str, options: dict[str, Any]) -> RDBStorage:
         engine_kwargs=options,
         heartbeat_interval=recovery.HEARTBEAT_SECONDS,
         grace_period=recovery.GRACE_SECONDS,
-        heartbeat_stale_trial_callback=recovery.requeue,
+        heartbeat_stale_trial_callback=_requeue,
     )
+
+
+def _requeue(study: Study, trial: FrozenTrial) -> None:
+    recovery.requeue(study, trial)
 
 
 class _WrittenAhead(sqlite3.Connection):
