@@ -25,10 +25,10 @@ def test_one_objective_under_a_constraint() -> None:
     result = minimize(without_size, SPACE, objectives={"loss": "minimize"}, **GOALS)
     (axes,) = result.plot_convergence().axes
     assert axes.get_ylabel() == "loss"
-    kept, broken, best = axes.get_lines()
+    kept, best, broken = axes.get_lines()
     assert list(kept.get_ydata()) == [e.value for e in result.history if e.feasible]
     assert list(broken.get_ydata()) == [e.value for e in result.history if not e.feasible]
-    assert np.array_equal(best.get_ydata(), result.best_so_far, equal_nan=True)
+    assert list(best.get_ydata()) == result.best_so_far[[e.feasible for e in result.history]].tolist()
 
     slices = result.plot_slices()
     assert [axes.get_xlabel() for axes in slices.axes if axes.axison] == ["a", "b"]
@@ -48,10 +48,11 @@ def test_one_objective_under_a_constraint() -> None:
 def test_two_objectives() -> None:
     result = minimize(f, SPACE, objectives={"loss": "minimize", "size": "minimize"}, **GOALS)
     (axes,) = result.plot_front().axes
-    others, front = axes.get_lines()
+    others, front, broken = axes.get_lines()
     assert sorted(zip(*front.get_data(), strict=True)) == sorted(
         (e.outcomes["loss"], e.outcomes["size"]) for e in result.front
     )
-    assert len(others.get_xdata()) == 8 - len(result.front)
+    assert len(broken.get_xdata()) == sum(not e.feasible for e in result.history)
+    assert len(others.get_xdata()) == 8 - len(result.front) - len(broken.get_xdata())
     assert [axes.get_ylabel() for axes in result.plot_convergence().axes] == ["loss", "size"]
     assert result.plot_slices(objective=1).axes[0].get_ylabel() == "size"
