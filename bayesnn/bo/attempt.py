@@ -65,10 +65,10 @@ def _made() -> Callable[..., tuple[Any, ...]]:
         start = time.perf_counter()
         try:
             value = f(dict(x))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # programs made into functions exit
             failure = "".join(traceback.format_exception_only(error)).strip()[:2000]
             # An exception of somebody's own might not travel.
-            ends = None if isinstance(error, catch) else error if here else RuntimeError(failure)
+            ends = None if isinstance(error, (*catch, SystemExit)) else error if here else RuntimeError(failure)
             return None, time.perf_counter() - start, failure, ends
         return value, time.perf_counter() - start, None, None
 

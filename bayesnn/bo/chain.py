@@ -63,8 +63,11 @@ class _Sight(NamedTuple):
     record: dict[str, Any]
 
     def drawn_in(self, outcomes: Outcomes) -> _Sight:
-        """With outliers among the bad values drawn in."""
-        values = drawn_in(self.observations.values, outcomes)
+        """With outliers among the bad values drawn in; after each resource, its own: early values are worse as a rule."""
+        codes, values = self.observations.codes, self.observations.values.clone()
+        resources = codes[:, -1] if isinstance(self.space, AtResource) else torch.zeros(len(codes))
+        for resource in resources.unique():
+            values[resources == resource] = drawn_in(values[resources == resource], outcomes)
         return self._replace(observations=self.observations._replace(values=values))
 
 

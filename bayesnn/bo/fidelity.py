@@ -54,6 +54,8 @@ class Fidelity:
         count("reduction_factor", self.reduction_factor, least=2)
         flag("hyperband", self.hyperband)
         count("max_rows", self.max_rows)
+        if self.max_rows < len(self.rungs):
+            raise ValueError(f"max_rows must be at least {len(self.rungs)}, one for each rung, found {self.max_rows}")
         if self.min_resource > self.max_resource:
             raise ValueError(
                 f"min_resource must be at most max_resource {self.max_resource}, found {self.min_resource}"

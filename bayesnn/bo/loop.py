@@ -7,9 +7,11 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from typing import Any, Protocol
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
@@ -28,7 +30,7 @@ Callback = Callable[[Study, FrozenTrial], None]
 
 PATIENCE_SECONDS = 60.0  # after which the loop looks for orphans of other processes, while it waits
 DISK_SECONDS = 1.0  # at most so often, results wait for the disk
-MAX_DEATHS = 2 * (MAX_RETRIES + 1)  # of workers in a row: two configurations given up, and nothing in between
+MAX_DEATHS = 2 * (MAX_RETRIES + 1)  # for each worker, before any evaluation has come to an end
 
 
 class Workers(Protocol):
@@ -107,7 +109,7 @@ class _Loop:
         self.running: dict[Future[Attempt], optuna.Trial] = {}
         self.suspects = 0  # trials to be tried again, each alone, because one of them kills its worker
         self.alone: set[int] = set()  # ids of those that are
-        self.deaths = 0  # in a row
+        self.deaths, self.proven = 0, False  # of workers; whether any evaluation has come to an end
         self.on_disk = time.monotonic()
 
     def run(self, deadline: float | None) -> None:
@@ -124,6 +126,7 @@ class _Loop:
                     for future in finished:
                         self._take(self.running.pop(future), future)
         except BaseException:
+            self._keep_what_is_done()
             self.workers.stop()
             for trial_id in list(self.begun):
                 release(self.study, trial_id)
@@ -131,6 +134,13 @@ class _Loop:
         finally:
             self._accept_stop(False)
             self.workers.close()
+
+    def _keep_what_is_done(self) -> None:
+        """Tell what had ended when the loop was interrupted, whatever callbacks or other trials do."""
+        for future, trial in self.running.items():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                with suppress(Exception):
+                    self._tell(trial, future.result())
 
     def _fill(self, deadline: float | None) -> bool:
         """Begin evaluations while there are workers for them; says whether any was begun."""
@@ -160,7 +170,7 @@ class _Loop:
             raise RuntimeError(f"the executor has cancelled the evaluation of trial {trial.number}")
         error = future.exception()
         if error is None:
-            self.deaths = 0
+            self.proven = True
             self.suspects -= trial._trial_id in self.alone
             self._tell(trial, future.result())
         elif self.workers.died(error):
@@ -179,12 +189,13 @@ class _Loop:
         }
         if attempt.failure is not None:
             record["failure"] = attempt.failure
-        write(self.study._storage, trial._trial_id, record)
+        with suppress(UpdateFinishedTrialError):  # somebody took this process for dead, and queued the trial again
+            write(self.study._storage, trial._trial_id, record)
+            for name, excess in self.goals.excesses(attempt.numbers).items() if attempt.numbers else ():
+                trial.set_constraint(name, excess)
         if attempt.numbers is None:
             told = self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         else:
-            for name, excess in self.goals.excesses(attempt.numbers).items():
-                trial.set_constraint(name, excess)
             ended = (
                 {"state": TrialState.PRUNED} if attempt.ended_early else {"values": self.goals.values(attempt.numbers)}
             )
@@ -210,9 +221,9 @@ class _Loop:
             self.suspects += again
         if not again:
             self._show(trial, f"the process was killed each of the {MAX_RETRIES + 1} times")
-        if self.deaths >= MAX_DEATHS:
+        if not self.proven and self.deaths >= MAX_DEATHS * self.workers.num_workers:
             raise RuntimeError(
-                f"{self.deaths} workers died, one after the other, without an evaluation in between; the last one: "
+                f"{self.deaths} workers died, one after the other, and no evaluation has come to an end; the last one: "
                 f"{type(error).__name__}: {error}"
             ) from error
 

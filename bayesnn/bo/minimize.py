@@ -193,6 +193,9 @@ def _optimize(
         raise ValueError(f"num_trials must be a whole number, at least 1, found {num_trials!r}")
     if trials["timeout"] is not None and not trials["timeout"] > 0:
         raise ValueError(f"timeout must be positive, found {trials['timeout']}")
+    for callback in trials["callbacks"] if isinstance(trials["callbacks"], Sequence) else [None]:
+        if not callable(callback):
+            raise TypeError(f"callbacks must be a list of functions (study, trial), found {trials['callbacks']!r}")
     if not isinstance(catch, tuple) or not all(isinstance(e, type) and issubclass(e, Exception) for e in catch):
         raise TypeError(f"catch must be a tuple of exception classes, found {catch!r}")
     if search["num_startup"] is None:

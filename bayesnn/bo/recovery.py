@@ -122,6 +122,8 @@ def requeue(study: Study, trial: FrozenTrial) -> bool:
     if "failure" in trial.user_attrs or num_retries(trial) >= MAX_RETRIES:
         return False
     history = [*trial.system_attrs.get("retry_history", []), trial.number]
+    # It is judged again at each rung; Hyperband may even have other rungs for it.
+    kept = {name: value for name, value in trial.system_attrs.items() if not name.startswith("completed_rung")}
     study.add_trial(
         optuna.create_trial(
             state=TrialState.WAITING,
@@ -129,7 +131,7 @@ def requeue(study: Study, trial: FrozenTrial) -> bool:
             distributions=trial.distributions,
             # Not the process: until the new one signs, the trial would look like an orphan.
             user_attrs={name: value for name, value in trial.user_attrs.items() if name not in ("process", "seconds")},
-            system_attrs=trial.system_attrs | {"failed_trial": history[0], "retry_history": history},
+            system_attrs=kept | {"failed_trial": history[0], "retry_history": history},
         )
     )
     return True

@@ -85,7 +85,7 @@ class Result:
         """
         if len(self.goals.directions) > 1:
             raise ValueError(f"there is no single best for {', '.join(self.goals.directions)}: see the result's front")
-        succeeded = [evaluation for evaluation in self.history if evaluation.failure is None]
+        succeeded = [evaluation for evaluation in self.history if evaluation.outcomes]
         if self.feasible:
             kept = [evaluation for evaluation in succeeded if evaluation.feasible]
             return min(kept, key=lambda evaluation: -self._merits([evaluation]).item())
@@ -260,7 +260,7 @@ def failure_of(trial: FrozenTrial) -> str | None:
     """Why a trial failed, if it did and that was the objective's doing."""
     if trial.state is not TrialState.FAIL:
         return None
-    if num_retries(trial) >= MAX_RETRIES:
+    if "failure" not in trial.user_attrs and num_retries(trial) >= MAX_RETRIES:
         return f"the process was killed each of the {MAX_RETRIES + 1} times"
     return trial.user_attrs.get("failure")
 

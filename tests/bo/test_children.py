@@ -120,7 +120,9 @@ def test_workers_at_once_and_a_hanging_and_a_dying_evaluation(tmp_path: Path) ->
 
 @posix
 def test_workers_that_all_die_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match="8 workers died, one after the other, without an evaluation in between"):
+    with pytest.raises(
+        RuntimeError, match="16 workers died, one after the other, and no evaluation has come to an end"
+    ):
         minimize(lambda x: os._exit(1), N, num_trials=6, num_startup=6, num_workers=2)
 
 
