@@ -48,7 +48,7 @@ class Child:
         Raises:
             BrokenExecutor: if the process dies.
         """
-        pool = self._ready()
+        pool, start = self._ready(), time.perf_counter()
         try:
             # What it takes to begin a process isn't the function's time.
             pool.submit(_ARRIVES, call.f, call.catch).result()
