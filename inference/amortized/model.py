@@ -36,7 +36,7 @@ from bayesnn.inference.amortized.ranges import (
     pairs,
 )
 from bayesnn.inference.amortized.tasks import TaskPrior
-from bayesnn.inference.amortized.weights import load_pretrained, pretrained_names
+from bayesnn.inference.amortized.weights import frozen, pretrained_names, shipped
 from bayesnn.inference.run import run
 from bayesnn.likelihoods import Likelihood
 from bayesnn.model import Model
@@ -54,7 +54,7 @@ class AmortizedModel(Model):
 
     Args:
         network: a module with ``encode``, ``query`` and ``distributions`` (see ``SetTransformer`` and
-            ``DeepSetNetwork``), or the name of one that ships with the package.
+            ``DeepSetNetwork``), or the name of one that ships with the package, which all models of that name share.
         likelihood: what the network's head stands for.
         max_context: more rows than it was trained on are refused; None: as the shipped network's card says, or no limit.
         bounds: known bounds (low, high) of all inputs, or one pair for each: [low, high] becomes the interval around 0 over
@@ -91,7 +91,7 @@ class AmortizedModel(Model):
             ]
             if network not in names:
                 raise ValueError(f"network must be one of {', '.join(names)}, or a network; found {network!r}")
-            network, card = load_pretrained(f"{self.prefix}-{network}")
+            network, card = shipped(f"{self.prefix}-{network}")
             max_context = card["max_context"] if max_context is None else max_context
         wanted = ("encode", "query", "distributions", "max_features")
         if not isinstance(network, nn.Module) or not all(hasattr(network, name) for name in wanted):
@@ -186,7 +186,7 @@ class AmortizedModel(Model):
 
     def _set_context(self, data: Data) -> None:
         # In the data's dtype, so that gradients of a float64 acquisition function are float64.
-        self._own = copy.deepcopy(self.network).to(data.X).eval().requires_grad_(False)
+        self._own = frozen(self.network, data.X)
         self._context = self._encode(data.X, data.Y.T.unsqueeze(-1))
 
     def _encode(self, X: Tensor, Y: Tensor) -> Context:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bayesnn.pretrained
 from bayesnn.configured import build, describe
@@ -90,14 +93,43 @@ def pretrained_names() -> list[str]:
 
 
 def load_pretrained(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The network ``name`` that ships with the package, and its model card.
+    """The network ``name`` that ships with the package, a copy of one's own, and its model card.
 
     Raises:
         ValueError: if there is none of this name.
     """
+    return copy.deepcopy(shipped(name))
+
+
+def shipped(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """:func:`load_pretrained` without a copy: read and checked once in a process, and shared, so not to be changed.
+
+    A search asks a new model for each suggestion, and to read a network takes several times as long as to ask it.
+    """
     if name not in pretrained_names():
         raise ValueError(f"name must be one of {', '.join(pretrained_names())}; got {name!r}")
-    return load_network(_folder() / f"{name}.safetensors")
+    path = _folder() / f"{name}.safetensors"
+    return _shared(path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _shared(path: Path, written_at: int) -> tuple[nn.Module, dict[str, Any]]:
+    network, card = load_network(path)
+    _SHARED.add(network)
+    return network.requires_grad_(False), card
+
+
+def frozen(network: nn.Module, like: Tensor) -> nn.Module:
+    """The network as it is now, in a tensor's dtype and place, not to be changed: a copy, of a shared network one for all."""
+    return (_frozen_once if network in _SHARED else _frozen)(network, like.dtype, like.device)
+
+
+def _frozen(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    return copy.deepcopy(network).to(device, dtype).eval().requires_grad_(False)
+
+
+_SHARED: WeakSet[nn.Module] = WeakSet()
+_frozen_once = lru_cache(_frozen)
 
 
 def _folder() -> Path:

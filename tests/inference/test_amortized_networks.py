@@ -6,11 +6,14 @@ import pytest
 import torch
 
 import bayesnn.pretrained
+from bayesnn import PFN
 from bayesnn.configured import build, describe
 from bayesnn.files import read_tensors, write_tensors
 from bayesnn.histogram import prior_borders, refined_borders
+from bayesnn.inference.amortized import MetaTraining
 from bayesnn.inference.amortized.deep_set import DeepSetNetwork
 from bayesnn.inference.amortized.recipes import Recipe
+from bayesnn.inference.amortized.tasks import GridGPTasks
 from bayesnn.inference.amortized.transformer import SetClassifier, SetTransformer
 from bayesnn.inference.amortized.weights import load_network, load_pretrained, pretrained_names, save_network
 
@@ -303,6 +306,25 @@ def test_without_data_a_network_answers_with_its_prior(name):
         _, y = network(X[:, :0], X[:, :0, :1], X, tasks.num_features[:2000])
         found = torch.stack([y.cdf(value.expand(2000, 1)).mean() for value in quantiles])
     assert float((found - levels).abs().max()) < 0.02
+
+
+def test_networks_that_ship_are_shared_and_never_changed():
+    """Models of one name share a network; training goes on with a copy, and what a caller loads is the caller's own."""
+    X, y = torch.linspace(-1, 1, 8)[:, None], torch.linspace(-1, 1, 8)[:, None].sin()
+    first, second = PFN("gp-small").fit(X, y), PFN("gp-small").fit(X.double(), y.double())
+    assert first.network is second.network and not any(each.requires_grad for each in first.network.parameters())
+    before = {name: value.clone() for name, value in first.network.state_dict().items()}
+    expected = first.predict(X).mean
+    second.meta_fit(GridGPTasks(max_features=2), MetaTraining(num_steps=1, max_context=4, num_queries=4))
+    assert second.network is not first.network
+    own, _ = load_pretrained("pfn-gp-small")
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.zero_()
+    again = PFN("gp-small").fit(X, y)
+    assert all(torch.equal(value, before[name]) for name, value in again.network.state_dict().items())
+    assert torch.equal(again.predict(X).mean, expected) and again.predict(X).mean.dtype == torch.float32
+    assert any(not torch.equal(value, before[name]) for name, value in second.network.state_dict().items())
 
 
 def test_the_classifier_that_ships():
