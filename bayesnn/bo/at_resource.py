@@ -10,6 +10,7 @@ from botorch.posteriors import Posterior
 from torch import Tensor
 
 from bayesnn.bo.space import Configuration, Space
+from bayesnn.bo.training_features import training_features
 
 
 class AtResource(Space):
@@ -89,6 +90,11 @@ class ModelAtResource(BotorchModel):
     @property
     def batch_shape(self) -> torch.Size:
         return self.joint.batch_shape
+
+    @property
+    def train_inputs(self) -> tuple[Tensor]:
+        """The features of the configurations that it knows something of, each once."""
+        return (training_features(self.joint)[:, :-1].unique(dim=0),)
 
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Posterior:
         """At features (*batch, q, num_features)."""

@@ -102,9 +102,10 @@ class Call(NamedTuple):
         ended_early = isinstance(returned.value, EndedEarly)
         value = returned.value.value if ended_early else returned.value
         try:
-            return Attempt(self.goals.read(value), returned.seconds, ended_early=ended_early)
-        except ValueError as error:
+            numbers, others = self.goals.read(value), self.goals.others(value)
+        except Exception as error:  # what came back may not even be willing to be shown
             return Attempt(None, returned.seconds, str(error))
+        return Attempt(numbers, returned.seconds, others=others, ended_early=ended_early)
 
     def elsewhere(self, x: Configuration) -> Attempt:
         """The same, with nothing in it that might not travel between processes."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,20 +18,15 @@ from bayesnn.bo.at_resource import AtResource, ModelAtResource
 from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.curves import observe_curves
 from bayesnn.bo.fidelity import Fidelity
+from bayesnn.bo.fitters import Fitter, Surrogate, fitter_of
 from bayesnn.bo.observations import Observations, observe
 from bayesnn.bo.optimise import SpaceExhaustedError, seen
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
 from bayesnn.bo.outliers import drawn_in
 from bayesnn.bo.space import Configuration, Space
 from bayesnn.bo.suggest import Proposal, check_reference_point, check_search, propose
+from bayesnn.checks import count
 from bayesnn.data import BayesnnWarning
-from bayesnn.model import Model
-from bayesnn.processes import LearningCurveProcess
-from bayesnn.registry import surrogate as surrogate_by_name
-
-FitFunction = Callable[[Tensor, Tensor], BotorchModel]
-Surrogate = str | Model | FitFunction
-
 
 FALLBACK = "gp"  # where a surrogate can't answer
 
@@ -85,15 +78,12 @@ class Chain:
     def __init__(
         self, surrogate: Surrogate, num_startup: int, seed: int, search: Mapping[str, Any], fidelity: Fidelity | None
     ) -> None:
-        if num_startup < 1:
-            raise ValueError(f"num_startup must be at least 1, found {num_startup}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, found {seed}")
+        num_startup, seed = count("num_startup", num_startup), count("seed", seed, least=0)
         check_search(**search)
         self.surrogate, self.num_startup, self.seed, self.search = surrogate, num_startup, seed, search
         # With one rung, there is nothing to model but what trials end with.
         self.fidelity = None if fidelity is None or len(fidelity.rungs) == 1 else fidelity
-        self.name, self._fit = _fitter(surrogate, self.fidelity)
+        self.name, self._fit = fitter_of(surrogate, self.fidelity)
         self._warned_of: set[str] = set()
 
     def fit(self, study: Study, space: Space) -> BotorchModel:
@@ -125,7 +115,7 @@ class Chain:
         record = {"num_rows": len(observations.codes), "num_left_out": len(left_out), "resource": curves.resource}
         return _Sight(AtResource(space, resource, first), observations, curves.num_trials, left_out, record)
 
-    def _fitted(self, sight: _Sight, seed: int, fit: Callable[[Tensor, Tensor, int], BotorchModel]) -> BotorchModel:
+    def _fitted(self, sight: _Sight, seed: int, fit: Fitter) -> BotorchModel:
         with warnings.catch_warnings():
             # A category that hasn't been tried yet is a constant column, nothing to tell the user about at each trial.
             warnings.filterwarnings("ignore", message="X: column", category=BayesnnWarning)
@@ -178,7 +168,7 @@ class Chain:
     ) -> Proposal | None:
         fitters = [(self.name, self._fit)]
         if self.surrogate != FALLBACK:
-            fitters.append((FALLBACK, _fitter(FALLBACK, self.fidelity)[1]))
+            fitters.append((FALLBACK, fitter_of(FALLBACK, self.fidelity)[1]))
         for name, fit in fitters:
             record["surrogate"] = name
             try:
@@ -218,7 +208,7 @@ class Chain:
 
     def _propose(
         self,
-        fit: Callable[[Tensor, Tensor, int], BotorchModel],
+        fit: Fitter,
         sight: _Sight,
         outcomes: Outcomes,
         number: int,
@@ -255,38 +245,6 @@ class Chain:
             new = points[~seen(points, taken)] if len(taken) else points
             chosen = torch.cat([chosen, (new if len(new) else points)[:1]])
         return chosen
-
-
-def _fitter(surrogate: Any, fidelity: Fidelity | None) -> tuple[str, Callable[[Tensor, Tensor, int], BotorchModel]]:
-    """A surrogate's name, and how it is fitted to features, values and a seed."""
-    if surrogate == "auto":
-        surrogate = AutoSurrogate()
-    if isinstance(surrogate, AutoSurrogate):
-        return "auto", surrogate
-    model: Any
-    if surrogate == "gp" and fidelity is not None:
-        model, name = LearningCurveProcess(fidelity.max_resource / fidelity.min_resource, bounds=(0.0, 1.0)), surrogate
-    elif isinstance(surrogate, str):
-        model, name = surrogate_by_name(surrogate), surrogate
-    elif isinstance(surrogate, Model):
-        model, name = surrogate, type(surrogate).__name__
-    elif callable(surrogate) and not isinstance(surrogate, BotorchModel):
-        return getattr(surrogate, "__name__", repr(surrogate)), partial(_fit_by_function, surrogate)
-    else:
-        raise TypeError(
-            "surrogate must be a name, an unfitted bayesnn model or a function (X, Y) -> fitted BoTorch model, "
-            f"found {type(surrogate).__name__}"
-        )
-    return name, partial(_fit_copy, model)
-
-
-# By name, not as lambdas: Optuna's users pickle samplers.
-def _fit_copy(model: Model, X: Tensor, Y: Tensor, seed: int) -> BotorchModel:
-    return copy.deepcopy(model).fit(X, Y, seed=seed)
-
-
-def _fit_by_function(function: FitFunction, X: Tensor, Y: Tensor, seed: int) -> BotorchModel:
-    return function(X, Y)
 
 
 def _note_fallback(record: dict[str, Any], name: str, error: Exception) -> str:

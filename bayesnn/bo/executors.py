@@ -61,16 +61,18 @@ class OnExecutor:
     Args:
         call: the objective function.
         executor: of ``concurrent.futures``, or a Dask client.
-        num_workers: how many evaluations at once.
+        num_workers: how many evaluations at once; None: as many as it has workers.
         timeout: seconds after which an evaluation is killed, in a process that its worker begins.
 
     Raises:
         TypeError: if it is no executor.
+        ValueError: if ``num_workers`` is needed, because the executor doesn't say how many it has.
     """
 
-    def __init__(self, call: Call, executor: Any, num_workers: int, timeout: float | None = None) -> None:
-        self.call, self.num_workers, self.timeout = call, num_workers, timeout
+    def __init__(self, call: Call, executor: Any, num_workers: int | None, timeout: float | None = None) -> None:
+        self.call, self.timeout = call, timeout
         self.executor = executor_of(executor)
+        self.num_workers = size_of(executor) if num_workers is None else num_workers
         self._given, self._running = self.executor, set[Future[Attempt]]()
 
     def start(self) -> None:
@@ -147,6 +149,20 @@ def executor_of(executor: Any) -> Executor:
     )
 
 
+def size_of(executor: Any) -> int:
+    """How many evaluations an executor or a Dask client runs at once.
+
+    Raises:
+        ValueError: if it doesn't say.
+    """
+    found = getattr(executor, "_max_workers", None)  # of concurrent.futures, which publish it nowhere
+    if callable(getattr(executor, "nthreads", None)):
+        found = sum(executor.nthreads().values())
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(f"num_workers must be given: the {type(executor).__name__} doesn't say how many it has")
+    return found
+
+
 def _another_like(executor: Executor) -> Executor:
     """A pool of processes like one that broke.
 
@@ -171,7 +187,7 @@ class RayExecutor(Executor):
         ImportError: without Ray, the extra "ray".
 
     Example:
-        >>> minimize(f, space, executor=RayExecutor(num_gpus=1), num_workers=8)
+        >>> minimize(f, space, executor=RayExecutor(num_gpus=1))
     """
 
     def __init__(self, **options: Any) -> None:
@@ -182,7 +198,11 @@ class RayExecutor(Executor):
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         # Who died and is tried again is for the study to decide.
-        self._task = ray.remote(**({"num_cpus": 1, "max_retries": 0} | options))(_apply)
+        options = {"num_cpus": 1, "max_retries": 0} | options
+        self._task = ray.remote(**options)(_apply)
+        has, wanted = ray.cluster_resources(), {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0)}
+        shares = [has.get(kind, 0.0) / amount for kind, amount in wanted.items() if amount]
+        self._max_workers = max(1, int(min(shares, default=1)))
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run a function on a worker."""

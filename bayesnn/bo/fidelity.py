@@ -94,14 +94,15 @@ class Fidelity:
         """Let a study prune by this, the same whenever it goes on.
 
         Raises:
-            ValueError: if the study has had other rungs.
+            ValueError: if the study has had other rungs, or has pruned otherwise.
         """
-        wanted, stored = list(self.rungs), study.user_attrs.get("rungs")
-        if stored is None:
-            study.set_user_attr("rungs", wanted)
-        elif stored != wanted:
-            raise ValueError(
-                f"fidelity has the rungs {wanted}, but the stored study {study.study_name!r} has {stored}: go on with those, "
-                "or give another study_name"
-            )
+        for name, wanted in {"rungs": list(self.rungs), "hyperband": self.hyperband}.items():
+            stored = study.user_attrs.get(name)
+            if stored is None:
+                study.set_user_attr(name, wanted)
+            elif stored != wanted:
+                raise ValueError(
+                    f"fidelity has {name} = {wanted}, but the stored study {study.study_name!r} has {stored}: go on with "
+                    "that, or give another study_name"
+                )
         study.pruner = self.pruner()

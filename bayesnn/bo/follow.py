@@ -36,10 +36,13 @@ def follow(curve: Generator[Any, None, Any], trial: Trial, fidelity: Fidelity, g
         goals: one objective, and perhaps limits.
 
     Returns:
-        What was yielded last, None if nothing was, or :class:`EndedEarly`. What isn't what the goals want is returned at once,
-        unreported.
+        What was yielded last, also where that is before the whole resource, or :class:`EndedEarly`. What isn't what the goals
+        want is returned at once, unreported.
+
+    Raises:
+        ValueError: if nothing was yielded.
     """
-    value: Any = None
+    resource, value = 0, None
     with closing(curve):
         for resource, value in enumerate(curve, 1):
             try:
@@ -51,4 +54,6 @@ def follow(curve: Generator[Any, None, Any], trial: Trial, fidelity: Fidelity, g
                 return value
             if trial.should_prune():
                 return EndedEarly(value)
+    if not resource:
+        raise ValueError("the objective yielded nothing")
     return value

@@ -78,7 +78,7 @@ class Goals:
         """Each outcome's number, from what an objective function returned.
 
         Raises:
-            ValueError: for anything but finite numbers for all outcomes and nothing else; it says what was found.
+            ValueError: for anything but finite numbers for all outcomes; it says what was found.
         """
         if self.named:
             return self._by_name(returned)
@@ -103,14 +103,18 @@ class Goals:
         if missing:
             found = ", ".join(str(name) for name in returned) or "nothing"
             raise ValueError(f"the objective returned no {', '.join(missing)}, only {found:.200}")
-        extra = [str(name) for name in returned if name not in self.names]
-        if extra:
-            raise ValueError(f"the objective returned {', '.join(extra):.200} too, where {wanted} are wanted")
         numbers = {name: finite(returned[name]) for name in self.names}
         for name, number in numbers.items():
             if number is None:
                 raise ValueError(f"the objective returned {returned[name]!r:.200} as {name}, not a finite number")
         return {name: number for name, number in numbers.items() if number is not None}
+
+    def others(self, returned: Any) -> dict[str, float]:
+        """Further finite numbers that came by name."""
+        if not self.named or not isinstance(returned, Mapping):
+            return {}
+        found = {name: finite(value) for name, value in returned.items() if name not in self.names}
+        return {name: value for name, value in found.items() if isinstance(name, str) and value is not None}
 
     def values(self, numbers: Mapping[str, float]) -> list[float]:
         """The objectives among the outcomes' numbers, in order."""

@@ -17,9 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
 from bayesnn.bo.attempt import Attempt
+from bayesnn.bo.evaluations import failure_of, is_evaluation
 from bayesnn.bo.goals import Goals
 from bayesnn.bo.recovery import MAX_RETRIES, begin, heartbeats, release, requeue_orphans
-from bayesnn.bo.result import is_evaluation
 from bayesnn.bo.space import Configuration, Space
 from bayesnn.bo.storage import put_on_disk
 from bayesnn.bo.study import configuration_of, num_begun
@@ -204,9 +204,7 @@ class _Loop:
         if time.monotonic() - self.on_disk > DISK_SECONDS:
             put_on_disk(self.study._storage)
             self.on_disk = time.monotonic()
-        self._show(trial, attempt.failure)
-        for callback in self.callbacks:
-            callback(self.study, told)
+        self._announce(told, attempt.failure)
         if attempt.error is not None:
             raise attempt.error
 
@@ -219,18 +217,24 @@ class _Loop:
             self.suspects -= not again
         elif self.workers.shared_fate(error):
             self.suspects += again
-        if not again:
-            self._show(trial, f"the process was killed each of the {MAX_RETRIES + 1} times")
         if not self.proven and self.deaths >= MAX_DEATHS * self.workers.num_workers:
             raise RuntimeError(
                 f"{self.deaths} workers died, one after the other, and no evaluation has come to an end; the last one: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        told = self.study._storage.get_trial(trial._trial_id)
+        if failure_of(told) is not None:  # it won't be tried again
+            self._announce(told, failure_of(told))
 
-    def _show(self, trial: optuna.Trial, failure: str | None) -> None:
+    def _announce(self, trial: FrozenTrial, failure: str | None) -> None:
+        """An evaluation has come to an end: to the progress bar and the callbacks."""
         self.bar.update()
-        if self.bar.disable:
-            return
+        if not self.bar.disable:
+            self._show(trial, failure)
+        for callback in self.callbacks:
+            callback(self.study, trial)
+
+    def _show(self, trial: FrozenTrial, failure: str | None) -> None:
         if failure is not None:
             self.bar.write(f"trial {trial.number} failed: {failure}", file=sys.stderr)
         best = self.study.best_trials

@@ -12,14 +12,15 @@ from optuna.storages import BaseStorage
 
 from bayesnn.bo.acquisition import Name, check_acquisition
 from bayesnn.bo.attempt import Call, Objective
-from bayesnn.bo.chain import Surrogate
 from bayesnn.bo.children import Children
+from bayesnn.bo.evaluations import history_of
 from bayesnn.bo.executors import Here, OnExecutor
 from bayesnn.bo.fidelity import Fidelity
+from bayesnn.bo.fitters import Surrogate
 from bayesnn.bo.goals import Goals, Objectives
 from bayesnn.bo.loop import Callback, Workers, run_trials
-from bayesnn.bo.outcomes import Limit, outcomes_of
-from bayesnn.bo.result import Interrupted, Result, history_of, result_of
+from bayesnn.bo.outcomes import Direction, Limit, outcomes_of
+from bayesnn.bo.result import Interrupted, Result, result_of
 from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
 from bayesnn.bo.study import open_study, quiet_optuna
@@ -42,7 +43,7 @@ def minimize(
     storage: str | Path | BaseStorage | None = None,
     study_name: str = "bayesnn",
     num_startup: int | None = None,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     executor: Executor | Any = None,
     evaluation_timeout: float | None = None,
     progress: bool = False,
@@ -53,11 +54,11 @@ def minimize(
     """Look for the configuration with the lowest value of an expensive function.
 
     An evaluation fails if f raises, takes too long, or returns anything but what is wanted: a finite number, or with
-    ``objectives`` finite numbers by name or in order. It is reported, never fitted, never repeated; it counts as a trial. With
-    ``storage``, every evaluation is kept as soon as it is there, and the same call goes on where an earlier one stopped or was
-    killed: it runs what is missing to ``num_trials`` in total, and evaluations that were cut off once more (each at most three
-    times more). The same call in several processes at once shares the work; the last trials of each may then exceed the
-    number.
+    ``objectives`` finite numbers by name or in order (other numbers by name are kept with the trial). It is reported, never
+    fitted, never repeated; it counts as a trial. With ``storage``, every evaluation is kept as soon as it is there, and the
+    same call goes on where an earlier one stopped or was killed: it runs what is missing to ``num_trials`` in total, and
+    evaluations that were cut off once more (each at most three times more). The same call in several processes at once shares
+    the work; the last trials of each may then exceed the number.
 
     Several evaluations run at once with ``num_workers``: a new one is suggested as soon as one ends, with those still running
     as pending. By default each worker is a process of this machine; with ``executor`` they run there. A worker that dies
@@ -70,7 +71,7 @@ def minimize(
             these names; or a list of directions, where f returns a sequence.
         constraints: limits that other entries of that dict must keep, ``{"memory": ("<=", 4.0)}``; they are modelled too.
         fidelity: for an f that yields its value after each unit of resource, how many there are, and when it is asked no
-            more: ``Fidelity(max_resource=81)``. The last value of those that get to the end is what counts. Evaluations
+            more: ``Fidelity(max_resource=81)``. The last value of those that get to their end is what counts. Evaluations
             that are ended early are trials, too; what they yielded is modelled, see :class:`SurrogateSampler`. For one
             objective, and one evaluation at once (several processes may share a study).
         surrogate: a name among ``bayesnn.surrogates()``, "auto" for the one of several that predicts best, an unfitted
@@ -83,8 +84,8 @@ def minimize(
         study_name: the study's name in the storage.
         num_startup: evaluations of a Sobol sequence before the surrogate; by default a third of the trials, at least
             3, at most 10.
-        num_workers: how many evaluations at once.
-        executor: of ``concurrent.futures``, a Dask client or a :class:`RayExecutor`, with so many workers or more.
+        num_workers: how many evaluations at once; by default one, or as many as the executor has workers.
+        executor: of ``concurrent.futures``, a Dask client or a :class:`RayExecutor`.
         evaluation_timeout: seconds after which an evaluation is killed, and has failed. It then runs in a process of its own.
         progress: show a progress bar, with the best value.
         timeout: start no evaluation after so many seconds.
@@ -113,18 +114,7 @@ def minimize(
         ...         yield loss_after_one_more_epoch(x)
         >>> minimize(f, {"rate": (1e-5, 1e-1, "log")}, fidelity=Fidelity(81), num_trials=100)
     """
-    goals = Goals.of("minimize", objectives, constraints)
-    search: dict[str, Any] = {
-        "surrogate": surrogate,
-        "acquisition": acquisition,
-        "reference_point": reference_point,
-        "fidelity": fidelity,
-        "num_startup": num_startup,
-        "seed": seed,
-    }
-    work = {"num_workers": num_workers, "executor": executor, "timeout": evaluation_timeout}
-    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks}
-    return _optimize(f, goals, space, num_trials, catch, search, (storage, study_name), work, trials)
+    return _optimize("minimize", **locals())
 
 
 def maximize(
@@ -142,7 +132,7 @@ def maximize(
     storage: str | Path | BaseStorage | None = None,
     study_name: str = "bayesnn",
     num_startup: int | None = None,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     executor: Executor | Any = None,
     evaluation_timeout: float | None = None,
     progress: bool = False,
@@ -154,18 +144,7 @@ def maximize(
 
     ``objectives`` have directions of their own, the same in both.
     """
-    goals = Goals.of("maximize", objectives, constraints)
-    search: dict[str, Any] = {
-        "surrogate": surrogate,
-        "acquisition": acquisition,
-        "reference_point": reference_point,
-        "fidelity": fidelity,
-        "num_startup": num_startup,
-        "seed": seed,
-    }
-    work = {"num_workers": num_workers, "executor": executor, "timeout": evaluation_timeout}
-    trials = {"progress": progress, "timeout": timeout, "callbacks": callbacks}
-    return _optimize(f, goals, space, num_trials, catch, search, (storage, study_name), work, trials)
+    return _optimize("maximize", **locals())
 
 
 def startup_for(num_trials: int) -> int:
@@ -174,41 +153,51 @@ def startup_for(num_trials: int) -> int:
 
 
 def _optimize(
+    direction: Direction,
     f: Objective,
-    goals: Goals,
     space: Space | Mapping[str, Any],
+    objectives: Objectives | None,
+    constraints: Mapping[str, Limit] | None,
+    fidelity: Fidelity | None,
     num_trials: int,
+    num_startup: int | None,
+    storage: str | Path | BaseStorage | None,
+    study_name: str,
+    num_workers: int | None,
+    executor: Any,
+    evaluation_timeout: float | None,
+    progress: bool,
+    timeout: float | None,
+    callbacks: Sequence[Callback],
     catch: tuple[type[Exception], ...],
-    search: dict[str, Any],
-    kept: tuple[str | Path | BaseStorage | None, str],
-    work: dict[str, Any],
-    trials: dict[str, Any],
+    **search: Any,
 ) -> Result:
+    goals = Goals.of(direction, objectives, constraints)
     if not callable(f):
         raise TypeError(f"f must be a function of a configuration, found {type(f).__name__}")
-    if inspect.isgeneratorfunction(f) and search["fidelity"] is None:
+    if fidelity is None and any(map(inspect.isgeneratorfunction, (f, getattr(f, "__call__", None)))):  # noqa: B004
         raise TypeError("f yields values: say with fidelity=Fidelity(max_resource=…) how many there are")
     space = space if isinstance(space, Space) else Space(space)
-    if not isinstance(num_trials, int) or num_trials < 1:
-        raise ValueError(f"num_trials must be a whole number, at least 1, found {num_trials!r}")
-    if trials["timeout"] is not None and not trials["timeout"] > 0:
-        raise ValueError(f"timeout must be positive, found {trials['timeout']}")
-    for callback in trials["callbacks"] if isinstance(trials["callbacks"], Sequence) else [None]:
+    num_trials = count("num_trials", num_trials)
+    num_startup = startup_for(num_trials) if num_startup is None else num_startup
+    if timeout is not None:
+        positive("timeout", timeout)
+    for callback in callbacks if isinstance(callbacks, Sequence) else [None]:
         if not callable(callback):
-            raise TypeError(f"callbacks must be a list of functions (study, trial), found {trials['callbacks']!r}")
+            raise TypeError(f"callbacks must be a list of functions (study, trial), found {callbacks!r}")
     if not isinstance(catch, tuple) or not all(isinstance(e, type) and issubclass(e, Exception) for e in catch):
         raise TypeError(f"catch must be a tuple of exception classes, found {catch!r}")
-    if search["num_startup"] is None:
-        search["num_startup"] = startup_for(num_trials)
-    sampler = SurrogateSampler(space=space, **search)
+    sampler = SurrogateSampler(space=space, fidelity=fidelity, num_startup=num_startup, **search)
     _check_search(goals, sampler)
-    workers = _workers(Call(f, goals, catch), search["fidelity"], **work)
+    workers = _workers(Call(f, goals, catch), fidelity, num_workers, executor, evaluation_timeout)
     with quiet_optuna():
-        study = open_study(goals, space, sampler, *kept)
-        if search["fidelity"] is not None:
-            search["fidelity"].attach(study)
+        study = open_study(goals, space, sampler, storage, study_name)
+        if fidelity is not None:
+            fidelity.attach(study)
         try:
-            run_trials(study, space, goals, workers, num_trials, **trials)
+            run_trials(
+                study, space, goals, workers, num_trials, progress=progress, timeout=timeout, callbacks=callbacks
+            )
         except KeyboardInterrupt as interrupt:
             history = history_of(study, space, goals)
             succeeded = any(evaluation.outcomes for evaluation in history)
@@ -228,13 +217,16 @@ def _check_search(goals: Goals, sampler: SurrogateSampler) -> None:
     check_reference_point(sampler.chain.search["reference_point"], outcomes)
 
 
-def _workers(call: Call, fidelity: Fidelity | None, num_workers: int, executor: Any, timeout: float | None) -> Workers:
+def _workers(
+    call: Call, fidelity: Fidelity | None, num_workers: int | None, executor: Any, timeout: float | None
+) -> Workers:
     """Where evaluations happen."""
-    count("num_workers", num_workers)
+    if num_workers is not None:
+        num_workers = count("num_workers", num_workers)
     if timeout is not None:
         positive("evaluation_timeout", timeout)
     if fidelity is not None:
-        if (num_workers, executor, timeout) != (1, None, None):
+        if num_workers not in (None, 1) or executor is not None or timeout is not None:
             raise ValueError(
                 "fidelity follows evaluations in this thread, without num_workers, executor and evaluation_timeout: to run "
                 "several at once, make the same call in several processes, with one storage"
@@ -244,6 +236,6 @@ def _workers(call: Call, fidelity: Fidelity | None, num_workers: int, executor: 
         return Here(call, fidelity)
     if executor is not None:
         return OnExecutor(call, executor, num_workers, timeout)
-    if num_workers == 1 and timeout is None:
+    if num_workers in (None, 1) and timeout is None:
         return Here(call)
-    return Children(call, num_workers, timeout)
+    return Children(call, num_workers or 1, timeout)

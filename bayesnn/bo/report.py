@@ -18,9 +18,9 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from bayesnn.bo.evaluations import failure_of
 from bayesnn.bo.observations import Observations, observe
 from bayesnn.bo.pictures import convergence, importances, objective_names, parallel_coordinates, trade_offs
-from bayesnn.bo.result import failure_of
 from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Space
 from bayesnn.bo.storage import open_storage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,44 +15,17 @@ from botorch.utils.multi_objective.hypervolume import Hypervolume, infer_referen
 from botorch.utils.multi_objective.pareto import is_non_dominated
 from matplotlib.figure import Figure
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from bayesnn.bo.evaluations import Evaluation, history_of
 from bayesnn.bo.goals import Goals
 from bayesnn.bo.observations import observe
-from bayesnn.bo.pictures import convergence, is_feasible, trade_offs
-from bayesnn.bo.recovery import MAX_RETRIES, num_retries
+from bayesnn.bo.pictures import convergence, trade_offs
 from bayesnn.bo.sampler import SurrogateSampler
 from bayesnn.bo.space import Configuration, Space
 from bayesnn.bo.surrogate_pictures import MAX_PAIRED, pairs, slices, view_of
+from bayesnn.checks import count
 from bayesnn.data import BayesnnWarning
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One call of the objective.
-
-    Fields:
-        number: the trial's.
-        x: the configuration.
-        value: what the objective returned; None if it failed or was ended early, and where there are several objectives.
-        seconds: how long it took, without the choice of the configuration.
-        failure: why it failed; None if it didn't.
-        outcomes: every objective and every limited outcome by name; empty if there is no value.
-        feasible: whether it has values and keeps all constraints.
-        pruned: whether it was ended early, because what it had reported didn't promise enough.
-        curve: what it reported on the way, by the resource spent until then.
-    """
-
-    number: int
-    x: Configuration
-    value: float | None
-    seconds: float
-    failure: str | None
-    outcomes: dict[str, float] = field(default_factory=dict)
-    feasible: bool = True
-    pruned: bool = False
-    curve: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,29 +166,33 @@ class Result:
         """Each objective's values by trial, the best so far, and where trials failed."""
         return convergence(self.study)
 
-    def plot_slices(self, objective: int = 0) -> Figure:
+    def plot_slices(self, objective: int | str = 0) -> Figure:
         """The surrogate along each parameter, the others at the best evaluation: its mean ± 2 standard deviations.
 
         The standard deviation is that of the function, without the noise of one evaluation.
 
         Args:
-            objective: which one, counted from 0.
-        """
-        view = view_of(self.model, self.study, self.space, observe(self.study, self.space), objective)
-        return slices(view, self.space.names, list(self.goals.directions)[objective])
+            objective: which one, its name or its number, counted from 0.
 
-    def plot_pairs(self, objective: int = 0) -> Figure:
+        Raises:
+            TypeError, ValueError: if there is none such.
+        """
+        index = self._index(objective)
+        view = view_of(self.model, self.study, self.space, observe(self.study, self.space), index)
+        return slices(view, self.space.names, list(self.goals.directions)[index])
+
+    def plot_pairs(self, objective: int | str = 0) -> Figure:
         """The surrogate over every two of the first five parameters: mean (below), standard deviation (above).
 
         Args:
-            objective: which one, counted from 0.
+            objective: which one, its name or its number, counted from 0.
 
         Raises:
-            ValueError: if there is only one parameter.
+            TypeError, ValueError: if there is none such, or there is only one parameter.
         """
         if len(self.space.names) == 1:
             raise ValueError("plot_pairs needs two parameters at least, found one: see plot_slices")
-        view = view_of(self.model, self.study, self.space, observe(self.study, self.space), objective)
+        view = view_of(self.model, self.study, self.space, observe(self.study, self.space), self._index(objective))
         return pairs(view, self.space.names[:MAX_PAIRED])
 
     def plot_front(self) -> Figure:
@@ -237,6 +214,13 @@ class Result:
         infeasible = "" if self.feasible else ", no constraint-keeping one"
         return f"Result(value={self.value:.6g}, x={self.x}, {evaluations}{infeasible})"
 
+    def _index(self, objective: int | str) -> int:
+        names = list(self.goals.directions)
+        index = names.index(objective) if objective in names else objective
+        if isinstance(index, str) or count("objective", index, least=0) >= len(names):
+            raise ValueError(f"objective must be one of {', '.join(names)}, or its number from 0, found {objective!r}")
+        return int(index)
+
     @property
     def _signs(self) -> Tensor:
         signs = [1.0 if direction == "maximize" else -1.0 for direction in self.goals.directions.values()]
@@ -256,44 +240,6 @@ class Interrupted(KeyboardInterrupt):
         self.result = result
 
 
-def failure_of(trial: FrozenTrial) -> str | None:
-    """Why a trial failed, if it did and that was the objective's doing."""
-    if trial.state is not TrialState.FAIL:
-        return None
-    if "failure" not in trial.user_attrs and num_retries(trial) >= MAX_RETRIES:
-        return f"the process was killed each of the {MAX_RETRIES + 1} times"
-    return trial.user_attrs.get("failure")
-
-
-def is_evaluation(trial: FrozenTrial) -> bool:
-    """Whether the objective has answered, with a value or by failing, or was ended early."""
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or failure_of(trial) is not None
-
-
-def history_of(study: Study, space: Space, goals: Goals) -> tuple[Evaluation, ...]:
-    """A study's evaluations, in order."""
-    trials = study.get_trials(deepcopy=False)
-    return tuple(_evaluation(trial, space, goals) for trial in trials if is_evaluation(trial))
-
-
-def _evaluation(trial: FrozenTrial, space: Space, goals: Goals) -> Evaluation:
-    outcomes: dict[str, float] = {}
-    if trial.state is TrialState.COMPLETE:
-        outcomes = dict(zip(goals.directions, trial.values, strict=True))
-        outcomes |= {name: trial.user_attrs.get(f"metric:{name[:200]}", math.nan) for name in goals.limits}
-    return Evaluation(
-        number=trial.number,
-        x={name: trial.params[name] for name in space.names if name in trial.params},
-        value=outcomes[next(iter(goals.directions))] if outcomes and len(goals.directions) == 1 else None,
-        seconds=trial.user_attrs.get("seconds", trial.duration.total_seconds() if trial.duration else math.nan),
-        failure=failure_of(trial),
-        outcomes=outcomes,
-        feasible=bool(outcomes) and is_feasible(trial),
-        pruned=trial.state is TrialState.PRUNED,
-        curve=dict(sorted(trial.intermediate_values.items())),
-    )
-
-
 def result_of(study: Study, space: Space, sampler: SurrogateSampler, goals: Goals) -> Result:
     """A study's result; warns of failed evaluations, and if none keeps the constraints.
 
@@ -303,6 +249,8 @@ def result_of(study: Study, space: Space, sampler: SurrogateSampler, goals: Goal
     result = Result(history_of(study, space, goals), goals, space, study, sampler)
     failures = [evaluation.failure for evaluation in result.history if evaluation.failure is not None]
     if not any(evaluation.outcomes for evaluation in result.history):
+        if not result.history:
+            raise RuntimeError("nothing was evaluated: the timeout, or a callback that stops, came first")
         reason = f"; the last one: {failures[-1]}" if failures else ""
         raise RuntimeError(f"no evaluation succeeded, {len(failures)} failed{reason}")
     if failures:

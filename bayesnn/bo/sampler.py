@@ -17,8 +17,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from bayesnn.bo.acquisition import Name
-from bayesnn.bo.chain import Answer, Chain, Surrogate
+from bayesnn.bo.chain import Answer, Chain
 from bayesnn.bo.fidelity import Fidelity
+from bayesnn.bo.fitters import Surrogate
 from bayesnn.bo.observations import all_trials
 from bayesnn.bo.optimise import ONE_AT_A_TIME
 from bayesnn.bo.space import Space
@@ -110,7 +111,7 @@ class SurrogateSampler(BaseSampler):
             "seconds": seconds,
         }
         self.chain = Chain(surrogate, num_startup, seed, search, fidelity)
-        self.num_startup, self.seed, self.surrogate_name = num_startup, seed, self.chain.name
+        self.num_startup, self.seed, self.surrogate_name = self.chain.num_startup, self.chain.seed, self.chain.name
         self._warned_of: set[str] = set()
 
     # What Optuna asks --------------------------------------------------------------------------------------------------

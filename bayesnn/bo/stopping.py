@@ -10,8 +10,8 @@ from botorch.utils.multi_objective.pareto import is_non_dominated
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from bayesnn.bo.evaluations import is_evaluation
 from bayesnn.bo.pictures import is_feasible
-from bayesnn.bo.result import is_evaluation
 from bayesnn.checks import count, nonnegative, positive
 
 # Their acquisition value is the logarithm of an expected improvement, in units of the spread of the surrogate's means.

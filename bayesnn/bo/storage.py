@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, S
 
 from bayesnn.bo import recovery
 from bayesnn.bo.file_systems import network_file_system
+from bayesnn.bo.writing import engine_of
 from bayesnn.data import BayesnnWarning
 
 _SQLITE_HEADER = b"SQLite format 3\x00"
@@ -124,7 +125,7 @@ def _sqlite_options(url: str) -> dict[str, Any]:
 
 def put_on_disk(storage: BaseStorage) -> None:
     """Wait until all that was written to an SQLite file is in that file, and on the disk; other databases see to it."""
-    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    engine = engine_of(storage)
     if engine is None or engine.dialect.name != "sqlite":
         return
     with suppress(SQLAlchemyError), engine.connect() as connection:  # where somebody is reading, the next one does it

@@ -16,9 +16,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from bayesnn.bo.evaluations import is_evaluation
 from bayesnn.bo.goals import Goals
 from bayesnn.bo.parameters import Categorical, Ordinal
-from bayesnn.bo.result import is_evaluation
 from bayesnn.bo.space import Configuration, Space
 from bayesnn.bo.storage import open_storage
 from bayesnn.bo.writing import write
@@ -67,7 +67,16 @@ def _check_goals(study: Study, goals: Goals) -> None:
     found = [direction.name.lower() for direction in study.directions]
     if found != wanted:
         raise ValueError(
-            f"the stored study {name!r} is to {', '.join(found)}, not to {', '.join(wanted)}: give another study_name"
+            f"the stored study {name!r} has the directions {', '.join(found)}, not {', '.join(wanted)}: give another "
+            "study_name"
+        )
+    begun = (
+        "constraints" in study.user_attrs
+    )  # by this library, so that its names, or that it has none, are what was meant
+    if begun and goals.named != (study.metric_names is not None):
+        raise ValueError(
+            f"the stored study {name!r} has objectives {'without' if goals.named else 'with'} names: go on with these, or "
+            "give another study_name"
         )
     if goals.named and study.metric_names != list(goals.directions):
         if study.metric_names is not None:

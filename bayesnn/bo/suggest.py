@@ -27,6 +27,7 @@ from bayesnn.bo.feasibility import IfItSucceeds, SuccessModel
 from bayesnn.bo.optimise import Effort, SpaceExhaustedError, local_randomness, maximise, seen
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
 from bayesnn.bo.space import Configuration, Space
+from bayesnn.bo.training_features import training_features
 from bayesnn.checks import count, nonnegative, number as finite_number, positive
 
 __all__ = ["Proposal", "SpaceExhaustedError", "propose", "suggest"]
@@ -175,7 +176,7 @@ def propose(
     check_acquisition(acquisition, outcomes, model)
     check_reference_point(reference_point, outcomes)
     on_codes = _OnCodes(model, space)
-    tried = space.compared(space.decode(_training_features(model)))
+    tried = space.compared(space.decode(training_features(model)))
     failed, others = (pending[:0] if given is None else space.compared(given) for given in (failed, others))
     reference = None if reference_point is None else tuple(float(value) for value in reference_point)
     with local_randomness(seed):
@@ -255,7 +256,7 @@ class _OnCodes(BotorchModel):
     def __init__(self, model: BotorchModel, space: Space) -> None:
         super().__init__()
         self.model, self.space = model, space
-        self.feature_dtype = _training_features(model).dtype
+        self.feature_dtype = training_features(model).dtype
         # BoTorch then averages the acquisition function over the model's batch dimension.
         self._is_ensemble, self._is_fully_bayesian = model._is_ensemble, model._is_fully_bayesian
 
@@ -273,15 +274,3 @@ class _OnCodes(BotorchModel):
 
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Posterior:
         return self.model.posterior(self.space.encode(X).to(self.feature_dtype), *args, **kwargs)
-
-
-def _training_features(model: Any) -> Tensor:
-    first = model.models[0] if hasattr(model, "models") else model
-    inputs = getattr(first, "_original_train_inputs", None)  # a GP with input transforms in evaluation mode
-    if inputs is None:
-        if not hasattr(first, "train_inputs"):
-            raise TypeError(f"{type(first).__name__} doesn't say what it was fitted to: it has no train_inputs")
-        inputs = first.train_inputs[0]
-    while inputs.dim() > 2:  # one copy for each output
-        inputs = inputs[0]
-    return inputs

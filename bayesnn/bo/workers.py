@@ -10,8 +10,8 @@ from urllib.parse import quote
 from optuna.trial import Trial
 
 from bayesnn.bo.attempt import Attempt
-from bayesnn.bo.chain import Surrogate
 from bayesnn.bo.command import Command, Runner
+from bayesnn.bo.fitters import Surrogate
 from bayesnn.bo.goals import Goals
 from bayesnn.bo.loop import run_trials
 from bayesnn.bo.minimize import startup_for

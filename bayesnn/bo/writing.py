@@ -8,10 +8,15 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import BaseStorage
-from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialUserAttributeModel
 from optuna.trial import TrialState
 from sqlalchemy import Engine, insert, select
 from sqlalchemy.exc import IntegrityError
+
+_tables: Any
+try:
+    from optuna.storages._rdb import models as _tables
+except ImportError:  # they are private: without them, everything is written one by one
+    _tables = None
 
 
 def write(
@@ -34,13 +39,19 @@ def write(
         distributions: of each of these.
     """
     internal = {name: (distributions or {})[name].to_internal_repr(value) for name, value in (params or {}).items()}
-    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
-    if isinstance(engine, Engine) and _all_at_once(engine, trial_id, attributes, internal, distributions or {}):
+    engine = None if _tables is None else engine_of(storage)
+    if engine is not None and _all_at_once(engine, trial_id, attributes, internal, distributions or {}):
         return
     for name, value in internal.items():
         storage.set_trial_param(trial_id, name, value, (distributions or {})[name])
     for name, value in attributes.items():
         storage.set_trial_user_attr(trial_id, name, value)
+
+
+def engine_of(storage: BaseStorage) -> Engine | None:
+    """The database behind a storage of Optuna's, cached or not; None for any other storage."""
+    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    return engine if isinstance(engine, Engine) else None
 
 
 def _all_at_once(
@@ -63,13 +74,15 @@ def _all_at_once(
     texts = [{"trial_id": trial_id, "key": name, "value_json": json.dumps(value)} for name, value in attributes.items()]
     try:
         with engine.begin() as connection:
-            state = connection.execute(select(TrialModel.state).where(TrialModel.trial_id == trial_id)).scalar()
+            state = connection.execute(
+                select(_tables.TrialModel.state).where(_tables.TrialModel.trial_id == trial_id)
+            ).scalar()
             if state is not TrialState.RUNNING:
                 return False
             if params:
-                connection.execute(insert(TrialParamModel), params)
+                connection.execute(insert(_tables.TrialParamModel), params)
             if texts:
-                connection.execute(insert(TrialUserAttributeModel), texts)
+                connection.execute(insert(_tables.TrialUserAttributeModel), texts)
     except IntegrityError:
         return False
     return True

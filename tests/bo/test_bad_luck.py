@@ -17,8 +17,8 @@ from optuna.trial import TrialState
 
 from bayesnn.bo import Fidelity, Space, minimize
 from bayesnn.bo.chain import Chain
+from bayesnn.bo.evaluations import failure_of
 from bayesnn.bo.recovery import requeue
-from bayesnn.bo.result import failure_of
 from bayesnn.bo.storage import open_storage
 
 N = {"n": (1, 40)}
@@ -79,6 +79,39 @@ def test_an_objective_that_exits_has_failed() -> None:
         assert [e.failure for e in result.history] == [
             "SystemExit: 3" if e.x["n"] % 2 else None for e in result.history
         ]
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("not to be shown")
+
+
+def test_what_comes_back_may_be_anything() -> None:
+    result = minimize(lambda x: x["n"] if x["n"] % 2 else Unshowable(), N, num_trials=6, num_startup=6)
+    assert {e.failure for e in result.history if not e.x["n"] % 2} == {"not to be shown"}
+    assert all(e.value == e.x["n"] for e in result.history if e.x["n"] % 2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_callbacks_hear_of_trials_that_are_given_up() -> None:
+    """One that kills its process each time is an evaluation, too: with it, the number is reached."""
+    heard: list[str | None] = []
+
+    def f(x: dict[str, Any]) -> float:
+        if x["n"] == 5:
+            os._exit(1)
+        return float(x["n"])
+
+    result = minimize(
+        f,
+        {"n": (4, 6)},
+        num_trials=3,
+        num_startup=3,
+        num_workers=2,
+        callbacks=[lambda _, t: heard.append(failure_of(t))],
+    )
+    assert sorted(filter(None, heard)) == ["the process was killed each of the 4 times"]
+    assert len(heard) == len(result.history) == 3
 
 
 def _dies_once(x: dict[str, Any]) -> float:

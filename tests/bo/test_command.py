@@ -229,7 +229,7 @@ def test_a_stored_study_goes_on_or_refuses(tmp_path: Path) -> None:
     wider = Space({"x": (0.0, 2.0)})
     with pytest.raises(ValueError, match="has another space, which differs in x"):
         run(tmp_path, command, wider)
-    with pytest.raises(ValueError, match="is to minimize, not to maximize"):
+    with pytest.raises(ValueError, match="has the directions minimize, not maximize"):
         run(tmp_path, command, space, direction="maximize")
     with pytest.raises(ValueError, match="is about 'loss', not 'accuracy'"):
         optimize_command(command, space, "accuracy", storage=tmp_path / "study.db")

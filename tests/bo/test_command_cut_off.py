@@ -17,8 +17,8 @@ from command_scripts import posix, script, wait_until
 from typer.testing import CliRunner
 
 from bayesnn.bo import Space
+from bayesnn.bo.evaluations import is_evaluation
 from bayesnn.bo.recovery import begin, release, requeue_orphans
-from bayesnn.bo.result import is_evaluation
 from bayesnn.bo.storage import open_storage
 from bayesnn.bo.study import configuration_of
 from bayesnn.cli import app

@@ -48,6 +48,31 @@ def processes() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+def test_an_executor_has_as_many_evaluations_at_once_as_workers() -> None:
+    together, lock, most = 0, threading.Lock(), 0
+
+    def f(x: dict[str, Any]) -> float:
+        nonlocal together, most
+        with lock:
+            together += 1
+            most = max(most, together)
+        barrier.wait(60)
+        with lock:
+            together -= 1
+        return float(x["n"])
+
+    barrier = threading.Barrier(3)
+    with ThreadPoolExecutor(3) as pool:
+        minimize(f, N, num_trials=6, num_startup=6, executor=pool)
+    assert most == 3
+
+    class Silent(Executor):
+        pass
+
+    with pytest.raises(ValueError, match="num_workers must be given: the Silent doesn't say how many it has"):
+        minimize(f, N, executor=Silent())
+
+
 def test_threads_are_asynchronous() -> None:
     """A new evaluation begins as soon as one ends, with those that run as pending."""
     begun: list[int] = []

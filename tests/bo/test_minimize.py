@@ -143,8 +143,14 @@ def test_what_a_stored_study_refuses(tmp_path: Path) -> None:
     minimize(f, SPACE, **options(num_trials=2, storage=path))
     with pytest.raises(ValueError, match="the stored study 'bayesnn' has another space, which differs in extra, n"):
         minimize(f, SPACE | {"n": (1, 11), "extra": (0.0, 1.0)}, **options(storage=path))
-    with pytest.raises(ValueError, match="the stored study 'bayesnn' is to minimize, not to maximize"):
+    with pytest.raises(ValueError, match="the stored study 'bayesnn' has the directions minimize, not maximize"):
         maximize(f, SPACE, **options(storage=path))
+    with pytest.raises(ValueError, match="the stored study 'bayesnn' has objectives without names"):
+        minimize(f, SPACE, objectives={"loss": "minimize"}, **options(storage=path))
+    named = options(num_trials=1, num_startup=1, storage=path, study_name="named")
+    minimize(lambda x: {"loss": f(x)}, SPACE, objectives={"loss": "minimize"}, **named)
+    with pytest.raises(ValueError, match="the stored study 'named' has objectives with names"):
+        minimize(f, SPACE, **named)
     # A study that Optuna began by itself.
     study = optuna.create_study(storage=open_storage(path), study_name="plain")
     study.add_trial(
@@ -153,6 +159,18 @@ def test_what_a_stored_study_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="differs in kind, n"):
         minimize(f, SPACE, **options(storage=path, study_name="plain"))
     assert len(minimize(lambda x: x["x"], {"x": (0.0, 1.0)}, **options(storage=path, study_name="plain")).history) == 6
+
+
+def test_numbers_of_numpy() -> None:
+    given = options(num_trials=np.int64(4), num_startup=np.int32(4), seed=np.int64(0))
+    assert [e.x for e in minimize(f, SPACE, **given).history] == [
+        e.x for e in minimize(f, SPACE, **options(num_trials=4, num_startup=4)).history
+    ]
+
+
+def test_a_timeout_that_comes_first() -> None:
+    with pytest.raises(RuntimeError, match=r"^nothing was evaluated: the timeout"):
+        minimize(lambda x: pytest.fail("work has begun"), SPACE, **options(timeout=1e-9))
 
 
 def test_files_that_are_no_studies(tmp_path: Path) -> None:
@@ -346,12 +364,15 @@ def test_the_objective_cannot_change_the_configuration() -> None:
     [
         ({"f": 3}, TypeError, "f must be a function of a configuration, found int"),
         ({"space": {}}, ValueError, "at least one parameter"),
-        ({"num_trials": 0}, ValueError, "num_trials must be a whole number, at least 1, found 0"),
-        ({"num_trials": 2.5}, ValueError, "num_trials"),
+        ({"num_trials": 0}, ValueError, "num_trials must be at least 1, found 0"),
+        ({"num_trials": 2.5}, TypeError, "num_trials must be an integer, found 2.5"),
         ({"surrogate": "nothing"}, ValueError, "no surrogate named 'nothing'"),
-        ({"seed": -1}, ValueError, "seed"),
-        ({"num_startup": 0}, ValueError, "num_startup"),
-        ({"timeout": 0}, ValueError, "timeout must be positive, found 0"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, found -1"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, found 1.5"),
+        ({"num_startup": 0}, ValueError, "num_startup must be at least 1, found 0"),
+        ({"num_startup": "a"}, TypeError, "num_startup must be an integer, found 'a'"),
+        ({"timeout": 0}, ValueError, "timeout must be positive and finite, found 0"),
+        ({"timeout": "a"}, TypeError, "timeout must be a positive number, found 'a'"),
         ({"catch": Exception}, TypeError, "catch must be a tuple of exception classes"),
         ({"storage": 5}, TypeError, "storage must be a path, a database URL or an Optuna storage, found 5"),
     ],

@@ -22,7 +22,7 @@ from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
 from bayesnn.bo import minimize
-from bayesnn.bo.result import is_evaluation
+from bayesnn.bo.evaluations import is_evaluation
 from bayesnn.bo.storage import open_storage
 
 psycopg = pytest.importorskip("psycopg")

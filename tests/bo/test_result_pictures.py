@@ -56,3 +56,18 @@ def test_two_objectives() -> None:
     assert len(others.get_xdata()) == 8 - len(result.front) - len(broken.get_xdata())
     assert [axes.get_ylabel() for axes in result.plot_convergence().axes] == ["loss", "size"]
     assert result.plot_slices(objective=1).axes[0].get_ylabel() == "size"
+
+
+def test_which_objective() -> None:
+    """By its name or its number."""
+    goals = {"loss": "minimize", "size": "maximize"}
+    result = minimize(lambda x: {"loss": x["a"], "size": x["b"]}, SPACE, objectives=goals, num_trials=6, num_startup=6)
+    for objective in (1, "size", np.int64(1)):
+        figure = result.plot_slices(objective)
+        assert figure.axes[0].get_ylabel() == "size"
+    for wrong in (2, "sise"):
+        for plot in (result.plot_slices, result.plot_pairs):
+            with pytest.raises(ValueError, match="objective must be one of loss, size, or its number from 0, found"):
+                plot(wrong)
+    with pytest.raises(TypeError, match=r"objective must be an integer, found 0\.5"):
+        result.plot_slices(0.5)  # type: ignore[arg-type]

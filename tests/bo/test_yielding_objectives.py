@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from bayesnn import BayesnnWarning
-from bayesnn.bo import Fidelity, Result, maximize, minimize
+from bayesnn.bo import Fidelity, Result, maximize, minimize, suggest
 
 SPACE = {"x": (1, 60)}
 FIDELITY = Fidelity(9)
@@ -72,7 +72,9 @@ def test_a_study_goes_on_with_its_pruned_trials_counted(tmp_path: Path) -> None:
     assert f.closed == 4
     # As if it hadn't stopped.
     assert _traces(whole) == _traces(minimize(Counted(), SPACE, num_trials=12, **OPTIONS))
-    with pytest.raises(ValueError, match=r"the rungs \[1, 3, 9, 20\], but the stored study 'bayesnn' has \[1, 3, 9\]"):
+    with pytest.raises(
+        ValueError, match=r"has rungs = \[1, 3, 9, 20\], but the stored study 'bayesnn' has \[1, 3, 9\]"
+    ):
         minimize(Counted(), SPACE, num_trials=12, storage=storage, fidelity=Fidelity(20))
 
 
@@ -131,7 +133,12 @@ def test_what_a_generator_does_wrong_is_a_failed_evaluation() -> None:
         result = minimize(f, {"x": (1, 5)}, num_trials=5, **OPTIONS | {"fidelity": Fidelity(9, reduction_factor=9)})
     failures = {evaluation.x["x"]: evaluation.failure for evaluation in result.history}
     assert failures[4] is None and result.x == {"x": 4} and result.value == 2.0
-    assert failures[1] == "ValueError: no" and "None" in failures[5] and "nan" in failures[2] and "'a'" in failures[3]
+    assert (
+        failures[1] == "ValueError: no"
+        and "yielded nothing" in failures[5]
+        and "nan" in failures[2]
+        and "'a'" in failures[3]
+    )
 
 
 def test_the_surrogate_learns_from_what_is_yielded() -> None:
@@ -162,6 +169,40 @@ def test_named_outcomes_are_yielded_with_their_limits() -> None:
         best.outcomes == {"loss": result.x["x"] + 1 / 9, "memory": 60.0 - result.x["x"]}
         and best.curve[9] == result.value
     )
+
+
+def test_an_objective_that_yields_nothing_has_failed() -> None:
+    def f(x: dict[str, Any]) -> Iterator[float]:
+        if x["x"] % 2:
+            yield x["x"]
+
+    with pytest.warns(BayesnnWarning, match="evaluations failed"):
+        result = minimize(f, SPACE, num_trials=8, **OPTIONS)
+    assert {e.failure for e in result.history if not e.x["x"] % 2} == {"ValueError: the objective yielded nothing"}
+    assert all(e.failure is None for e in result.history if e.x["x"] % 2)
+
+
+def test_what_yields_says_how_often() -> None:
+    for f in (Counted(), Counted().__call__):
+        with pytest.raises(TypeError, match="f yields values: say with fidelity=Fidelity"):
+            minimize(f, SPACE)
+
+
+def test_a_stored_study_prunes_as_before(tmp_path: Path) -> None:
+    again: dict[str, Any] = {"storage": tmp_path / "study.db", "num_trials": 2}
+    minimize(Counted(), SPACE, **again, **OPTIONS)
+    with pytest.raises(ValueError, match="has hyperband = True, but the stored study 'bayesnn' has False"):
+        minimize(Counted(), SPACE, **again, **OPTIONS | {"fidelity": Fidelity(9, hyperband=True)})
+
+
+def test_the_model_of_a_search_with_a_fidelity_suggests() -> None:
+    """Of configurations after the whole resource, none of which has been tried."""
+    result = minimize(Counted(), SPACE, num_trials=12, **OPTIONS | {"num_startup": 12, "surrogate": "gp"})
+    tried = {evaluation.x["x"] for evaluation in result.history}
+    features = result.model.train_inputs[0]
+    assert features.shape == (len(tried), 1)
+    found = suggest(result.model, result.space, 2, direction="minimize")
+    assert len(found) == 2 and not tried & {each["x"] for each in found}
 
 
 @pytest.mark.parametrize(
