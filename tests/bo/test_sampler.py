@@ -256,7 +256,7 @@ def test_names_are_looked_up_at_once() -> None:
         ({"seconds": "a"}, TypeError, "seconds must be"),
         ({"acquisition": "best"}, ValueError, "acquisition must be one of"),
         ({"num_startup": 0}, ValueError, "num_startup must be at least 1, found 0"),
-        ({"seed": -1}, ValueError, "seed must not be negative, found -1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, found -1"),
         ({"space": {"x": (1.0, 0.0)}}, ValueError, "low < high"),
     ],
 )
