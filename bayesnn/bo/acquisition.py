@@ -21,7 +21,7 @@ from botorch.utils.multi_objective.pareto import is_non_dominated
 from torch import Tensor
 from torch.distributions import Normal
 
-from bayesnn.bo.closed_form import ClosedForm, log_expected_improvement
+from bayesnn.bo.closed_form import ClosedForm, UnderLimits, log_expected_improvement
 from bayesnn.bo.gaussian_model import GaussianModel
 from bayesnn.bo.knowledge_gradient import KnowledgeGradient
 from bayesnn.bo.limited import LogNoisyExpectedImprovement, LogNParEGO
@@ -116,7 +116,7 @@ def acquisition(name: str, setting: Setting, q: int, num_pending: int) -> tuple[
         if len(setting.outcomes.objectives) > 1:
             name = "lognehvi" if draws_are_functions(setting.model) else "lognparego"
         else:
-            exact = None if q > 1 or num_pending or setting.outcomes.limits else _closed_form(setting)
+            exact = None if q > 1 or num_pending else _closed_form(setting)
             if exact is not None:
                 return "closed-form logei", exact
             name = "lognei"
@@ -124,18 +124,21 @@ def acquisition(name: str, setting: Setting, q: int, num_pending: int) -> tuple[
 
 
 def _closed_form(setting: Setting) -> AcquisitionFunction | None:
-    """The log expected improvement over the best mean at the tried codes, for posteriors that know it exactly.
+    """The log expected improvement over the best mean at the tried codes that keep the limits, where it is known exactly.
 
     A PFN's joint posterior over all tried codes costs a hundred times more than these values.
     """
-    if setting.model.num_outputs > 1:
-        return None
     with torch.no_grad():
         posterior: Any = setting.model.posterior(setting.tried.unsqueeze(-2))  # each by itself
     if not isinstance(getattr(posterior, "marginals", None), (Histogram, Normal)):
         return None
-    best = float(setting.outcomes.merits(posterior.mean).max())
-    return ClosedForm(setting.model, log_expected_improvement(best), setting.outcomes.directions[0] == "maximize")
+    outcomes, means = setting.outcomes, posterior.mean.squeeze(-2)
+    merits, maximize = outcomes.merits(means)[:, 0], outcomes.directions[0] == "maximize"
+    if not outcomes.limits:
+        return ClosedForm(setting.model, log_expected_improvement(float(merits.max())), maximize)
+    merits = merits[(outcomes.excesses(means) <= 0).all(-1)]
+    best = float(merits.max()) if len(merits) else None
+    return UnderLimits(setting.model, outcomes.objectives[0], maximize, outcomes.limits, best)
 
 
 class _AtTried(NamedTuple):
@@ -145,11 +148,13 @@ class _AtTried(NamedTuple):
         means: (n, m).
         scales: units by these.
         sampler: of draws of f.
+        functions: whether its draws are the same functions whatever is asked.
     """
 
     means: Tensor
     scales: Scales
     sampler: MCSampler
+    functions: bool
 
 
 def _at_tried(setting: Setting) -> _AtTried:
@@ -158,7 +163,8 @@ def _at_tried(setting: Setting) -> _AtTried:
         means = posterior.mean.double()
     means = means.reshape(-1, *means.shape[-2:]).mean(0)  # over the ensemble of a fully Bayesian model
     sampler = get_sampler(posterior, torch.Size([_num_samples(posterior, setting.num_samples)]), seed=setting.seed)
-    return _AtTried(means, Scales.of(setting.outcomes, means), sampler)
+    functions = isinstance(posterior, FunctionDraws) and not posterior.batch_shape
+    return _AtTried(means, Scales.of(setting.outcomes, means), sampler, functions)
 
 
 def _num_samples(posterior: Posterior, wanted: int) -> int:
@@ -182,6 +188,7 @@ def _log_ei(setting: Setting) -> AcquisitionFunction:
 def _log_nei(setting: Setting) -> AcquisitionFunction:
     at = _at_tried(setting)
     return LogNoisyExpectedImprovement(
+        at.functions,
         places=_spread_out(setting, PLACES // 4),
         model=setting.model,
         X_baseline=setting.tried,

@@ -6,7 +6,7 @@ costs more than the answer: the context is encoded at ``fit``, and a value here 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from botorch.acquisition import AcquisitionFunction
@@ -61,6 +61,55 @@ class ClosedForm(AcquisitionFunction):
         if not isinstance(marginals, (Histogram, Normal)):
             raise TypeError("model must have a posterior of histograms or normals, such as a PFN's")
         return self.value(marginals if self.maximize else _negated(marginals))[..., 0, 0]
+
+
+class UnderLimits(AcquisitionFunction):
+    r"""The log expected improvement times the probability that all limits are kept, outcomes being independent.
+
+    .. math:: \log E[\max(f - \mathrm{best}, 0)] + \sum_j \log P(g_j \text{ keeps its limit})
+
+    Source: Gardner et al., Bayesian optimization with inequality constraints (ICML 2014), equations 4 and 5.
+
+    Args:
+        model: fitted, of several outcomes, whose posterior has ``marginals``.
+        objective: the objective's index.
+        maximize: whether it is maximised.
+        limits: (index, "<=" or ">=", bound) of the others.
+        best: of tried configurations that keep the limits, the best merit (-f where f is minimised); None where there is none
+            yet: then it is the probability alone that counts.
+    """
+
+    def __init__(
+        self,
+        model: BotorchModel,
+        objective: int,
+        maximize: bool,
+        limits: Sequence[tuple[int, str, float]],
+        best: float | None,
+    ) -> None:
+        super().__init__(model)
+        improvement = None if best is None else log_expected_improvement(best)
+        self.parts = [] if improvement is None else [(objective, maximize, improvement)]
+        for index, sign, bound in limits:
+            above = sign == ">="
+            self.parts.append((index, above, _log_probability_above(bound if above else -bound)))
+
+    @t_batch_mode_transform(expected_q=1)  # type: ignore[arg-type]
+    def forward(self, X: Tensor) -> Tensor:
+        """(b, 1, d) -> (b,)."""
+        marginals = self.model.posterior(X).marginals
+        laws = {True: marginals, False: _negated(marginals)}
+        return sum((value(laws[maximize])[..., 0, index] for index, maximize, value in self.parts), X.new_zeros(()))
+
+
+def _log_probability_above(bound: float) -> Value:
+    def value(law: Distribution) -> Tensor:
+        if isinstance(law, Normal):
+            return torch.special.log_ndtr((law.loc - bound) / law.scale)
+        found = probability_of_improvement(bound)(law)
+        return found.clamp_min(torch.finfo(found.dtype).tiny).log()
+
+    return value
 
 
 def _negated(law: Histogram | Normal) -> Distribution:

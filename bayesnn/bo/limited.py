@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from botorch.acquisition.logei import qLogNoisyExpectedImprovement
 from botorch.acquisition.multi_objective.parego import qLogNParEGO
 from botorch.acquisition.utils import compute_best_feasible_objective, get_infeasible_cost
@@ -35,7 +36,35 @@ class _Settled:
 
 
 class LogNoisyExpectedImprovement(_Settled, qLogNoisyExpectedImprovement):
-    """BoTorch's, with a settled lower bound."""
+    """BoTorch's, with a settled lower bound, and of draws that are functions each one's best value so far only once.
+
+    BoTorch asks for the tried configurations again beside each candidate, which for Gaussian processes makes their draws
+    joint. A draw that is one function has the same values there at each call.
+
+    Args:
+        functions: whether the sampler's draws are the same functions whatever is asked.
+        **options: those of the base class and BoTorch's.
+    """
+
+    def __init__(self, functions: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.functions = functions
+        self._known: Tensor | None = None  # where the functions' values are known
+
+    def _get_samples_and_objectives(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.functions:
+            return super()._get_samples_and_objectives(X)
+        if self._known is not self.X_baseline:  # which pending configurations change
+            with torch.no_grad():
+                self.baseline_samples, self.baseline_obj = self._of_functions(self.X_baseline)
+            self._known = self.X_baseline
+        return self._of_functions(X)
+
+    def _of_functions(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws (S, *batch, q, m) and their objectives."""
+        posterior = self.model.posterior(X, posterior_transform=self.posterior_transform)
+        samples = self.get_posterior_samples(posterior)
+        return samples, self.objective(samples, X=X)
 
 
 class LogNParEGO(_Settled, qLogNParEGO):

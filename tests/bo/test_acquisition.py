@@ -145,6 +145,49 @@ class Lines(BotorchModel):
         return FunctionDraws(values, self.weights.log().expand(*at.shape[:-2], 3))
 
 
+class Waves(BotorchModel):
+    """Draws of two outputs, by their formula; remembers where it was asked."""
+
+    num_outputs = 2
+    batch_shape = torch.Size([])
+    train_inputs = (X,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[torch.Size] = []
+
+    def posterior(self, at: Tensor, *args: Any, **kwargs: Any) -> FunctionDraws:
+        self.asked.append(at.shape[:-1])
+        phase = torch.arange(7, dtype=torch.float64)[:, None, None]
+        values = torch.cat([torch.sin(6 * at.unsqueeze(-3) + phase), torch.cos(3 * at.unsqueeze(-3) - phase)], -1)
+        return FunctionDraws(values)
+
+
+def test_functions_are_asked_once_where_their_values_are_known() -> None:
+    """The values and gradients are BoTorch's, which asks for all tried configurations beside each candidate."""
+    limited = outcomes_of(2, "maximize", {1: ("<=", 0.3)})
+    pending = torch.tensor([[0.33], [0.6]], dtype=torch.float64)
+    for functions in (True, False):
+        model = Waves()
+        found = acquisition("lognei", setting(model, limited), 1, 0)[1]
+        assert found.functions
+        found.functions = functions
+        answers = []
+        for given in (None, pending, pending[:1]):
+            found.set_X_pending(given)
+            at = GRID.unsqueeze(-2).clone().requires_grad_()
+            model.asked.clear()
+            values = found(at)
+            assert (torch.Size([41, 1]) in model.asked) == functions
+            values = found(at)
+            answers.append((values.detach(), torch.autograd.grad(values.sum(), at)[0]))
+        if functions:
+            expected = answers
+            assert not torch.allclose(expected[0][0], expected[1][0])
+    for own, other in zip(expected, answers, strict=True):
+        torch.testing.assert_close(own, other)
+
+
 def test_thompson_draws_members_by_their_weight() -> None:
     ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64).unsqueeze(-2)
     slopes = []

@@ -1,5 +1,7 @@
 """Closed forms against averages over the posterior's own draws and against BoTorch's for Gaussian marginals."""
 
+import math
+
 import pytest
 import torch
 from botorch.acquisition.analytic import LogExpectedImprovement
@@ -7,7 +9,11 @@ from botorch.optim import optimize_acqf
 from torch import nn
 
 from bayesnn import NNGP, PFN, ConditionalNeuralProcess
-from bayesnn.bo import ClosedForm, log_expected_improvement, probability_of_improvement, quantile
+from bayesnn.bo import ClosedForm, Space, log_expected_improvement, probability_of_improvement, quantile
+from bayesnn.bo.acquisition import Setting, acquisition
+from bayesnn.bo.closed_form import UnderLimits
+from bayesnn.bo.outcomes import outcomes_of
+from bayesnn.bo.suggest import _OnCodes
 from bayesnn.histogram import prior_borders
 from bayesnn.inference.amortized import DeepSetNetwork, SetTransformer
 
@@ -85,3 +91,43 @@ def test_what_it_refuses():
         quantile(1.0)
     with pytest.raises(ValueError, match="best must be finite"):
         log_expected_improvement(float("nan"))
+
+
+@pytest.mark.parametrize("kind", ["histogram", "normal"])
+def test_under_limits_values_are_averages_over_draws(kind):
+    """Of an improvement that counts where both limits are kept; without anything to improve on, of their being kept."""
+    model, _ = fitted(kind, num_outputs=3)
+    draws = model.posterior(candidates()).rsample(torch.Size([60_000]), torch.Generator().manual_seed(3))[..., 0, :]
+    bounds = draws.mean((0, 1))
+    limits = [(0, "<=", float(bounds[0])), (2, ">=", float(bounds[2]))]
+    kept = (draws[..., 0] <= bounds[0]) & (draws[..., 2] >= bounds[2])
+    for maximize, sign in ((True, 1.0), (False, -1.0)):
+        best = float(sign * draws[..., 1].mean())
+        improvement = (sign * draws[..., 1] - best).clamp_min(0)
+        for found, values in (
+            (UnderLimits(model, 1, maximize, limits, best), improvement * kept),
+            (UnderLimits(model, 1, maximize, limits, None), kept.double()),
+        ):
+            z = (values.mean(0) - found(candidates()).exp()) / values.std(0) * math.sqrt(len(draws))
+            assert float(z.abs().max()) < 4.5
+
+
+def test_auto_under_limits_is_the_closed_form():
+    """It compares with the best mean among those that keep the limits; where none does, it looks for one that does."""
+    model, _ = fitted("histogram", num_outputs=2)
+    space = Space({"a": (0.0, 1.0), "b": (0.0, 1.0)})
+    tried = candidates(8).squeeze(-2)
+    means = model.posterior(tried.unsqueeze(-2)).mean.detach().squeeze(-2)
+    middle = float(means[:, 1].median())
+    for limit, expected in (
+        ({1: ("<=", middle)}, float(-means[means[:, 1] <= middle, 0].min())),
+        ({1: ("<=", float(means[:, 1].min()) - 100)}, None),
+    ):
+        on_codes = _OnCodes(model, space)
+        outcomes = outcomes_of(2, "minimize", limit)
+        setting = Setting(on_codes, space, tried, tried, outcomes, None, 64, 4.0, 0)
+        name, function = acquisition("auto", setting, 1, 0)
+        assert name == "closed-form logei" and isinstance(function, UnderLimits)
+        wanted = UnderLimits(on_codes, 0, False, outcomes.limits, expected)
+        assert torch.equal(function(candidates()), wanted(candidates()))
+    assert acquisition("auto", setting, 2, 0)[0] == acquisition("auto", setting, 1, 1)[0] == "lognei"
