@@ -5,8 +5,10 @@ r"""What a suggestion costs: every surrogate's fit and search beside BoTorch's S
 The data are the first points of a scrambled Sobol sequence and Hartmann's function (6 inputs) or Levy's (20). Ours is
 ``bayesnn.surrogate(name).fit`` and ``suggest``, at their defaults; the peer is the same by BoTorch alone
 (``bo_methods.botorch_acquisition``), with as many starting points and draws. All of a round run one after the other in one
-process with one thread, and only ratios within rounds are compared, so that a busy machine disturbs little. ("auto" isn't
-here: it costs what the surrogate that it chose costs, and at 10, 15, 22, 33, … rows five fits of each candidate.)
+process with one thread, and only ratios within rounds are compared, so that a busy machine disturbs little. Bayesian neural
+networks are also asked as a search asks them between two fits from scratch ("going on": from a fit to the first 33 of 50
+rows, 170 of 200, 384 of 500). ("auto" isn't here: it costs what the surrogate that it chose costs, and at 10, 15, 22, 33, …
+rows five fits of each candidate.)
 
 Every round is a line of ``benchmarks/results/bo_speed_cells.jsonl``; ``--repeats 0`` makes the table of those on file.
 """
@@ -30,7 +32,9 @@ from searches import of_botorch
 from torch import Tensor
 
 import bayesnn
+from bayesnn import BNN
 from bayesnn.bo import Space, suggest
+from bayesnn.bo.auto import num_scored
 
 NAME = "bo_speed"
 PEER = "botorch"
@@ -49,10 +53,13 @@ def by_botorch(X: Tensor, Y: Tensor, q: int, seed: int) -> tuple[float, float]:
 
 
 def by_ours(name: str, X: Tensor, Y: Tensor, q: int, seed: int) -> tuple[float, float]:
-    """Likewise."""
+    """Likewise; "name, going on": from the last fit from scratch, which isn't counted."""
     space = Space({f"x{index}": (0.0, 1.0) for index in range(X.shape[1])})
+    name, _, going_on = name.partition(", ")
+    num_before = num_scored(len(X) - 1)
+    earlier = bayesnn.surrogate(name).fit(X[:num_before], Y[:num_before], seed=seed) if going_on else None
     start = time.process_time()
-    model = bayesnn.surrogate(name).fit(X, Y, seed=seed)
+    model = bayesnn.surrogate(name).fit(X, Y, seed=seed) if earlier is None else earlier.refit(X, Y)
     fitted = time.process_time()
     suggest(model, space, q, seed=seed)
     return fitted - start, time.process_time() - fitted
@@ -64,14 +71,15 @@ def round_of(surrogates: list[str], num_rows: int, num_features: int, q: int, se
     X = space.sobol(num_rows, seed)
     Y = of_botorch(FUNCTIONS[num_features]).function(X)
     found: dict[str, Any] = {}
-    for name in (PEER, *surrogates):
+    going_on = [f"{name}, going on" for name in surrogates if isinstance(bayesnn.surrogate(name), BNN)]
+    for name in (PEER, *surrogates, *going_on):
         try:
             seconds = by_botorch(X, Y, q, seed) if name == PEER else by_ours(name, X, Y, q, seed)
         except (ValueError, RuntimeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
         else:
             found[name] = [round(each, 3) for each in seconds]
-        print(f"n = {num_rows}, d = {num_features}, q = {q}: {name:14} {found[name]}", flush=True)
+        print(f"n = {num_rows}, d = {num_features}, q = {q}: {name:20} {found[name]}", flush=True)
     return {"n": num_rows, "d": num_features, "q": q, "seed": seed, "seconds": found}
 
 

@@ -11,9 +11,10 @@ from bayesnn.inference.pyro_models import PyroTarget, pyro_model
 from bayesnn.inference.run import Method, run
 from bayesnn.inference.sgmcmc import BAOAB, RMS, SGHMC, SGLD, SGNHT, Constant, Cosine, Cyclical, Polynomial, Structured
 from bayesnn.inference.smc import SMC
+from bayesnn.inference.starting_at import StartingAt
 from bayesnn.inference.target import Target
 from bayesnn.inference.vi import MeanField
-from bayesnn.inference.warm_start import StartingAt, WarmStarted
+from bayesnn.inference.warm_start import WarmStarted
 
 __all__ = [
     "BAOAB",

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from bayesnn.configured import Configured
-from bayesnn.files import fingerprint
 from bayesnn.inference.ensembles.deep import DeepEnsemble, DeepEnsembleState
-from bayesnn.inference.flat import ravel, unravel
 from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.run import Method
-from bayesnn.inference.target import Parameters, Target
+from bayesnn.inference.starting_at import StartingAt
 
 
 class Sampler(Method, Protocol):
@@ -111,40 +109,3 @@ class WarmStarted(Configured):
     ) -> Any:
         """The sampler's."""
         return self.sampler.result(target, state.sampler, draws, infos)
-
-
-class StartingAt:
-    """A target with given initial points.
-
-    Args:
-        target: any target.
-        parameters: one point for each chain: tensors (C, *shape).
-
-    Raises:
-        ValueError: if a parameter is missing, has another shape or isn't the target's.
-    """
-
-    def __init__(self, target: Target, parameters: Parameters) -> None:
-        self.target = target
-        self._parameters = unravel(ravel(parameters, target.shapes()), target.shapes())
-        self.fingerprint = fingerprint(getattr(target, "fingerprint", ""), *self._parameters.values())
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "target":  # while being unpickled in another process
-            raise AttributeError(name)
-        return getattr(self.target, name)
-
-    def initial(self, count: int, generator: torch.Generator) -> Parameters:
-        """The given points.
-
-        Raises:
-            ValueError: if there are more or fewer of them than ``count``.
-        """
-        found = next(iter(self._parameters.values())).shape[0]
-        if found != count:
-            raise ValueError(f"initial points are given for {found} chains, but {count} are wanted")
-        return self._parameters
-
-    def sample_prior(self, count: int, generator: torch.Generator) -> Parameters:
-        """The given points, for methods that begin at draws from a prior: they are what was known before."""
-        return self.initial(count, generator)

@@ -83,7 +83,7 @@ class Chain:
         self.surrogate, self.num_startup, self.seed, self.search = surrogate, num_startup, seed, search
         # With one rung, there is nothing to model but what trials end with.
         self.fidelity = None if fidelity is None or len(fidelity.rungs) == 1 else fidelity
-        self.name, self._fit = fitter_of(surrogate, self.fidelity)
+        self.name, self._fit = fitter_of(surrogate, self.fidelity, seed)
         self._warned_of: set[str] = set()
 
     def fit(self, study: Study, space: Space) -> BotorchModel:
@@ -168,7 +168,7 @@ class Chain:
     ) -> Proposal | None:
         fitters = [(self.name, self._fit)]
         if self.surrogate != FALLBACK:
-            fitters.append((FALLBACK, fitter_of(FALLBACK, self.fidelity)[1]))
+            fitters.append((FALLBACK, fitter_of(FALLBACK, self.fidelity, self.seed)[1]))
         for name, fit in fitters:
             record["surrogate"] = name
             try:

@@ -10,8 +10,10 @@ from typing import Any
 from botorch.models.model import Model as BotorchModel
 from torch import Tensor
 
-from bayesnn.bo.auto import AutoSurrogate
+from bayesnn.bnn import BNN
+from bayesnn.bo.auto import AutoSurrogate, num_scored
 from bayesnn.bo.fidelity import Fidelity
+from bayesnn.files import fingerprint
 from bayesnn.model import Model
 from bayesnn.processes import LearningCurveProcess
 from bayesnn.registry import surrogate as surrogate_by_name
@@ -23,8 +25,34 @@ Fitter = Callable[[Tensor, Tensor, int], BotorchModel]
 """From features (n, d), values (n, m) and a seed to a fitted model."""
 
 
-def fitter_of(surrogate: Any, fidelity: Fidelity | None) -> tuple[str, Fitter]:
-    """A surrogate's name, and how it is fitted.
+class GoingOn:
+    """Fits a Bayesian neural network from scratch at 10, 15, 22, 33, … rows, and in between goes on from the last such fit.
+
+    What is fitted is a function of the rows and the seed alone, so that a search that was killed and goes on suggests what it
+    would have; the last fit from scratch is remembered.
+
+    Args:
+        model: unfitted.
+        seed: of the fits.
+    """
+
+    def __init__(self, model: BNN, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self._last: tuple[str, BNN] | None = None
+
+    def __call__(self, X: Tensor, Y: Tensor, seed: int) -> BNN:
+        """Fitted to features X (n, d) and values Y (n, m); ``seed`` counts where there are fewer than 10 rows."""
+        num_rows = num_scored(len(X))
+        if num_rows == 0:
+            return copy.deepcopy(self.model).fit(X, Y, seed=seed)
+        key, last = fingerprint(X[:num_rows], Y[:num_rows]), self._last
+        if last is None or last[0] != key:
+            last = self._last = key, copy.deepcopy(self.model).fit(X[:num_rows], Y[:num_rows], seed=self.seed)
+        return last[1] if num_rows == len(X) else last[1].refit(X, Y)
+
+
+def fitter_of(surrogate: Any, fidelity: Fidelity | None, seed: int) -> tuple[str, Fitter]:
+    """A surrogate's name, and how it is fitted; the seed is that of fits that several trials share.
 
     Raises:
         TypeError, ValueError: if there is no such surrogate.
@@ -47,7 +75,7 @@ def fitter_of(surrogate: Any, fidelity: Fidelity | None) -> tuple[str, Fitter]:
             "surrogate must be a name, an unfitted bayesnn model or a function (X, Y) -> fitted BoTorch model, "
             f"found {type(surrogate).__name__}"
         )
-    return name, partial(_fit_copy, model)
+    return name, GoingOn(model, seed) if isinstance(model, BNN) else partial(_fit_copy, model)
 
 
 # By name, not as lambdas: Optuna's users pickle samplers.

@@ -36,7 +36,8 @@ class SurrogateSampler(BaseSampler):
     modelled beside the objectives, if all finished trials have them. Minimises or maximises, one objective or several.
     Values far worse than all others are drawn in before a fit, so that they don't make the others look alike. A
     parameter that isn't in all finished trials is drawn uniformly, by itself, and so is everything in the very
-    first trial of a study whose space isn't given. The same seed and the same trials give the
+    first trial of a study whose space isn't given. Bayesian neural networks are fitted from scratch when there are 10, 15,
+    22, 33, … trials, and in between go on from there (:meth:`bayesnn.BNN.refit`). The same seed and the same trials give the
     same next trial, also after a restart and in another process.
 
     What was done is kept with each trial, as user attributes: ``sampler`` ("sobol" or "surrogate"), ``surrogate`` (for

@@ -10,8 +10,9 @@ to be too narrow far from data.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.members import NETWORK
 from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, warmup_cosine
+from bayesnn.inference.starting_at import StartingAt
 from bayesnn.inference.target import Parameters
 from bayesnn.priors import location
 
@@ -83,12 +85,23 @@ class DeepEnsemble(Configured):
     def init(self, target: NetworkTarget, generator: torch.Generator) -> DeepEnsembleState:
         """Members at different initial points, each with its own held-out rows."""
         parameters = target.initial(self.num_members, generator)
-        num_rows = len(target.data)
-        num_held_out = int(self.held_out * num_rows)
-        ranks = torch.rand(self.num_members, num_rows, generator=generator).argsort(-1)
-        held_out = ranks < (num_held_out if num_held_out >= MIN_HELD_OUT else 0)
+        held_out = self._held_out_rows(len(target.data), generator)
         score = target.data.X.new_full((self.num_members,), -torch.inf)
         return DeepEnsembleState(parameters, adam_init(parameters), held_out, parameters, parameters, score)
+
+    def _held_out_rows(self, num_rows: int, generator: torch.Generator) -> Tensor:
+        """Each member's, (M, N)."""
+        num_held_out = int(self.held_out * num_rows)
+        ranks = torch.rand(self.num_members, num_rows, generator=generator).argsort(-1)
+        return ranks < (num_held_out if num_held_out >= MIN_HELD_OUT else 0)
+
+    def continued(
+        self, target: NetworkTarget, earlier: WeightPosterior, num_before: int
+    ) -> tuple[DeepEnsemble, StartingAt]:
+        """A fifth of the steps (our choice), from where a run with the same seed on the first ``num_before`` rows ended."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings |= {"num_steps": -(-self.num_steps // 5)}
+        return _Continued(**settings, num_before=num_before), StartingAt(target, earlier.sampled)
 
     def step(
         self, target: NetworkTarget, state: DeepEnsembleState, generator: torch.Generator
@@ -135,6 +148,26 @@ class DeepEnsemble(Configured):
     ) -> WeightPosterior:
         """One draw for each member."""
         return WeightPosterior(state.best, statistics={name: values[-1] for name, values in infos.items()})
+
+
+@dataclass(frozen=True)
+class _Continued(DeepEnsemble):
+    """Members begin where they have been, and keep the anchors and the held-out rows that they had.
+
+    These come from the seed, as they did; of the new rows each sets aside its share. So it never looks at how well it predicts
+    what it has been trained on.
+    """
+
+    num_before: int = 0
+
+    def init(self, target: Any, generator: torch.Generator) -> DeepEnsembleState:
+        """Trained members, with the anchors of a run on the first rows."""
+        anchors = target.target.initial(self.num_members, generator)
+        parts = (self.num_before, len(target.data) - self.num_before)
+        held_out = torch.cat([self._held_out_rows(num_rows, generator) for num_rows in parts], -1)
+        parameters = target.initial(self.num_members, generator)
+        score = target.data.X.new_full((self.num_members,), -torch.inf)
+        return DeepEnsembleState(parameters, adam_init(parameters), held_out, anchors, parameters, score)
 
 
 def _from_anchors(parameters: Parameters, anchors: Parameters) -> Parameters:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bayesnn.inference.mcmc.chain import Point
 
 MAX_DOUBLINGS = 33  # a factor of 1e10
+FEWEST_TO_LEARN_FROM = 20  # steps of a warm-up that learns a mass matrix
 
 
 class DualAveraging(NamedTuple):
@@ -120,9 +121,8 @@ def window_ends(num_warmup: int) -> list[int]:
     """The warm-up steps after which the mass matrix is renewed.
 
     As in Stan: step sizes alone for the first 15 %, then windows that double, then step sizes alone for the last 10 %.
-    Fewer than 20 steps are too few to learn a mass from.
     """
-    if num_warmup < 20:
+    if num_warmup < FEWEST_TO_LEARN_FROM:
         return []
     first, last = int(0.15 * num_warmup), num_warmup - int(0.1 * num_warmup)
     ends, size, end = [], max(10, int(0.05 * num_warmup)), first

@@ -8,6 +8,7 @@ deviations within chains; then both are frozen, so that the stationary law is ex
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -21,9 +22,16 @@ from bayesnn.configured import Configured
 from bayesnn.data import BayesnnWarning
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.flat import Density, density_of, ravel, unravel
-from bayesnn.inference.mcmc.adaptation import DualAveraging, Welford, reasonable_step_size, window_ends
+from bayesnn.inference.mcmc.adaptation import (
+    FEWEST_TO_LEARN_FROM,
+    DualAveraging,
+    Welford,
+    reasonable_step_size,
+    window_ends,
+)
 from bayesnn.inference.mcmc.low_rank import MAX_RANK, Window
 from bayesnn.inference.mcmc.mass import Diagonal, LowRank, Mass, identity_low_rank, identity_mass
+from bayesnn.inference.starting_at import StartingAt
 from bayesnn.inference.target import Target
 
 MAX_ENERGY_ERROR = 1000.0  # Stan's threshold for a divergence
@@ -105,9 +113,31 @@ class MarkovChain(Configured, ABC):
         point = start(density, ravel(target.initial(self.num_chains, generator), target.shapes()))
         low_rank = self.mass == "low-rank"
         mass = identity_low_rank(point.position, MAX_RANK) if low_rank else identity_mass(point.position)
+        variance = getattr(target, "variance", None)
+        if variance is not None:
+            mass = mass._replace(**{mass._fields[0]: variance.to(point.position)})
         step_size = self._first_step_size(density, point, mass, generator)
         window = Window.start(point.position) if low_rank else Welford.start(point.position)
         return ChainState(point, mass, DualAveraging.start(step_size), window, torch.zeros((), dtype=torch.long))
+
+    def continued(self, target: Target, earlier: WeightPosterior, num_before: int) -> tuple[MarkovChain, Target]:
+        """A shorter run from where one on fewer data ended: its last points, its draws' variance, its mean step size.
+
+        Warm-up is too short to learn a mass matrix anew, and there is a fifth of the draws (our choice: of four chains, about
+        as many as a network answers with).
+        """
+        last = {name: earlier.by_chain(values)[:, -1] for name, values in earlier.sampled.items()}
+        variance = {
+            name: earlier.by_chain(values).var(1).mean(0).clamp_min(torch.finfo(values.dtype).tiny)
+            for name, values in earlier.sampled.items()
+        }
+        shorter = dataclasses.replace(
+            self,
+            num_warmup=min(self.num_warmup, FEWEST_TO_LEARN_FROM - 1),
+            num_draws=-(-self.num_draws // 5),
+            initial_step_size=float(earlier.statistics["step_size"].mean()),
+        )
+        return shorter, StartingAt(target, last, variance)
 
     def step(self, target: Target, state: ChainState, generator: torch.Generator) -> tuple[ChainState, ChainInfo]:
         """One move of every chain, and while warming up one step of adaptation."""

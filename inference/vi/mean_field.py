@@ -15,6 +15,7 @@ KL estimated from those draws.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +31,11 @@ from bayesnn.checks import check_fields, count, positive
 from bayesnn.configured import Configured
 from bayesnn.data import Data, minibatch
 from bayesnn.inference.draws import WeightPosterior
+from bayesnn.inference.flat import unravel
 from bayesnn.inference.members import NETWORK, network_parameters
 from bayesnn.inference.network_target import NetworkTarget
 from bayesnn.inference.optimizer import AdamState, adam_init, adam_step, warmup_cosine
+from bayesnn.inference.starting_at import StartingAt
 from bayesnn.inference.target import Parameters
 
 
@@ -79,13 +82,23 @@ class MeanField(Configured):
             check_fields(self, count, "batch_size")
 
     def init(self, target: NetworkTarget, generator: torch.Generator) -> MeanFieldState:
-        """Means at the target's initial point, small standard deviations."""
-        variational = {}
+        """Means at the target's initial point, and small standard deviations, or those that are known."""
+        variational, known = {}, getattr(target, "variance", None)
+        variances = None if known is None else unravel(known, target.shapes())
         for name, value in target.initial(1, generator).items():
             fan_in = math.prod(value.shape[2:]) if value.dim() > 2 and name.startswith(NETWORK) else 1
+            log_std = torch.full_like(value[0], math.log(self.initial_std / math.sqrt(fan_in)))
             variational["mean." + name] = value[0]
-            variational["log_std." + name] = torch.full_like(value[0], math.log(self.initial_std / math.sqrt(fan_in)))
+            variational["log_std." + name] = log_std if variances is None else 0.5 * variances[name][0].log()
         return MeanFieldState(variational, adam_init(variational))
+
+    def continued(
+        self, target: NetworkTarget, earlier: WeightPosterior, num_before: int
+    ) -> tuple[MeanField, StartingAt]:
+        """A fifth of the steps (our choice), from the means and deviations of an earlier fit's draws."""
+        means = {name: values.mean(0, keepdim=True) for name, values in earlier.sampled.items()}
+        variances = {name: values.var(0) for name, values in earlier.sampled.items()}
+        return dataclasses.replace(self, num_steps=-(-self.num_steps // 5)), StartingAt(target, means, variances)
 
     def step(
         self, target: NetworkTarget, state: MeanFieldState, generator: torch.Generator
