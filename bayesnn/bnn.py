@@ -116,7 +116,8 @@ class BNN(Model):
             learned = run(DeepEnsemble(num_members=1, held_out=0.0), target, **learning).parameters
             target = partial_target(target, names, {name: value[0] for name, value in learned.items()})
         self._seed = options["seed"]
-        method, start, earlier = self.method, target, self._earlier
+        method, earlier = self.method, self._earlier
+        start: Any = target
         if earlier is not None and hasattr(method, "continued") and not target.frozen:
             method, start = method.continued(target, earlier.weights, len(earlier._require_fitted()))
         self._take(target, run(method, start, **options).completed(target.frozen))

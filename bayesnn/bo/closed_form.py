@@ -7,6 +7,7 @@ costs more than the answer: the context is encoded at ``fit``, and a value here 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from botorch.acquisition import AcquisitionFunction
@@ -97,7 +98,8 @@ class UnderLimits(AcquisitionFunction):
     @t_batch_mode_transform(expected_q=1)  # type: ignore[arg-type]
     def forward(self, X: Tensor) -> Tensor:
         """(b, 1, d) -> (b,)."""
-        marginals = self.model.posterior(X).marginals
+        posterior: Any = self.model.posterior(X)
+        marginals = posterior.marginals
         laws = {True: marginals, False: _negated(marginals)}
         return sum((value(laws[maximize])[..., 0, index] for index, maximize, value in self.parts), X.new_zeros(()))
 
