@@ -7,7 +7,7 @@ model, so that any acquisition function that works with joint draws works with i
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,6 +63,10 @@ class Model(Configured, BotorchModel):
     def _latent(self, X: Tensor) -> Posterior:
         """The posterior of the latent functions at scaled inputs, in standardised units."""
         raise TypeError(f"{type(self).__name__} doesn't define its posterior")
+
+    def _latent_beside(self, shared: Tensor) -> Callable[[Tensor], Posterior]:
+        """:meth:`_latent` at scaled rows (k, d) and, after these, at X (*batch, q, d)."""
+        return lambda X: self._latent(torch.cat([shared.expand(*X.shape[:-2], *shared.shape), X], -2))
 
     def _likelihood_parameters(self) -> dict[str, Tensor]:
         """The likelihood's parameters in standardised units, stacked like the draws."""
@@ -207,14 +211,38 @@ class Model(Configured, BotorchModel):
             posterior = self._functions(latent)
             if isinstance(observation_noise, Tensor):
                 posterior = _with_noise_var(posterior, observation_noise.to(scaled) / self._outcomes.scale.square())
-        posterior = posterior.affine(self._outcomes.loc.to(scaled), self._outcomes.scale.to(scaled))
-        if self._outputs is not None:
-            posterior = posterior.outputs(self._outputs)
+        posterior = self._in_own_units(posterior, scaled)
         if output_indices is not None:
             posterior = posterior.outputs(list(output_indices))
         if posterior_transform is not None:
             posterior = posterior.transformed(posterior_transform, torch.as_tensor(X))
         return posterior
+
+    def posterior_beside(self, shared: Tensor) -> Callable[[Tensor], Posterior]:
+        """:meth:`posterior` at rows that all batches share and at their own, for many calls with the same shared rows.
+
+        Args:
+            shared: (k, d), constants: they get no gradients.
+
+        Returns:
+            A function of X (*batch, q, d): the posterior at (*batch, k + q, d), the shared rows first in each batch.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            TypeError, ValueError: for inputs that can't be used.
+        """
+        latent_beside = self._latent_beside(self._scaled(shared).detach())
+
+        def posterior(X: Tensor) -> Posterior:
+            scaled = self._scaled(X)
+            return self._in_own_units(self._functions(latent_beside(scaled)), scaled)
+
+        return posterior
+
+    def _in_own_units(self, posterior: Any, X: Tensor) -> Any:
+        """The posterior of standardised function values in the user's units, of the outputs that there are."""
+        posterior = posterior.affine(self._outcomes.loc.to(X), self._outcomes.scale.to(X))
+        return posterior if self._outputs is None else posterior.outputs(self._outputs)
 
     def _functions(self, latent: Posterior) -> Any:
         if isinstance(latent, FunctionDraws):

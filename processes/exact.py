@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import Gaussian as GaussianPosterior
 from bayesnn.predictive import Predictive
+from bayesnn.processes.beside import Beside, PriorOf, observations_of
 from bayesnn.processes.evidence import log_prior, quadratic
 from bayesnn.processes.maximum import minimise
 from bayesnn.processes.memory import check_memory
@@ -101,6 +102,14 @@ class ExactProcess(Model):
     def _latent(self, X: Tensor) -> GaussianPosterior:
         with _exact():
             return GaussianPosterior(self._gp.posterior(X.double()).distribution).of_dtype(X.dtype)
+
+    def _latent_beside(self, shared: Tensor) -> Callable[[Tensor], GaussianPosterior]:
+        if self._conditioned:  # fantasies have observations of their own
+            return super()._latent_beside(shared)
+        with _exact(), torch.no_grad():
+            observed = observations_of(self._gp, self._require_fitted().X.double())
+        beside = Beside(PriorOf(self._gp), observed, shared.double())
+        return lambda X: GaussianPosterior.from_moments(*beside(X.double())).of_dtype(X.dtype)
 
     def _predictive(self, X: Tensor) -> Predictive:
         parts = [self._latent(rows) for rows in X.split(ROWS, -2)]

@@ -17,7 +17,7 @@ from bayesnn.predictive import Predictive
 from bayesnn.processes.evidence import Quadratic
 from bayesnn.processes.kernels import KernelFactory
 from bayesnn.processes.scale_mixtures import HalfCauchy, MixingLaw, WeightedVariances, importance_sample
-from bayesnn.processes.shared_scale import Conditioned, MixturePrior, gaussian, gaussian_marginals
+from bayesnn.processes.shared_scale import Conditioned, MixturePrior, gaussian_marginals
 from bayesnn.processes.student_t import StudentTProcess
 
 
@@ -85,11 +85,11 @@ class ScaleMixtureProcess(StudentTProcess):
     def _has_variance(self) -> bool:
         return self.mixing.tail_index + self._known.size / 2 > 1
 
-    def _latent(self, X: Tensor) -> Posterior:
-        loc, covariance = (values.to(X) for values in gaussian(self._prior, self._known, X.double()))
+    def _mixed(self, loc: Tensor, covariance: Tensor, dtype: torch.dtype) -> Posterior:
+        loc, covariance = loc.to(dtype), covariance.to(dtype)
         found = self._weighted(self._known)
         shape = (*loc.shape[:-2], loc.shape[-1], self.num_draws)
-        draws, log_weights = (values.to(X).expand(shape) for values in (found.variances, found.log_weights))
+        draws, log_weights = (values.to(loc).expand(shape) for values in (found.variances, found.log_weights))
         return ScaleMixture(loc, covariance, draws, log_weights, self._has_variance)
 
     def _observations(self, latent: Posterior, X: Tensor) -> Any:

@@ -192,13 +192,17 @@ def gaussian_marginals(prior: MixturePrior, known: Conditioned, X: Tensor) -> tu
     return loc, var.expand_as(loc)
 
 
-def predict(prior: MixturePrior, known: Conditioned, X: Tensor) -> StudentT:
-    r"""The posterior of f at X (*batch, q, d), a joint multivariate t with 2a + n degrees of freedom.
+def student_t(prior: MixturePrior, known: Conditioned, loc: Tensor, covariance: Tensor) -> StudentT:
+    r"""The posterior of f, a joint multivariate t with 2a + n degrees of freedom, from that of the Gaussian process.
 
     .. math:: \mu = c + k_*^\top \Sigma^{-1} (y - c), \qquad
               S = \frac{2a + d^2}{2a + n} \left(K_{**} - k_*^\top \Sigma^{-1} k_*\right).
+
+    Args:
+        prior, known: of the process.
+        loc: (*batch, q, m), as :func:`gaussian` gives it.
+        covariance: (*batch, m, q, q), likewise.
     """
-    loc, covariance = gaussian(prior, known, X)
     return StudentT(loc, inflation(prior, known)[..., None, None] * covariance, 2 * prior.shape + known.size)
 
 

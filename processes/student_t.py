@@ -3,6 +3,7 @@ r"""The Student-t process: an infinitely wide network whose last layer's varianc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -16,6 +17,7 @@ from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.posteriors import StudentT
 from bayesnn.predictive import Predictive
+from bayesnn.processes.beside import Beside
 from bayesnn.processes.evidence import Quadratic
 from bayesnn.processes.kernels import KernelFactory, MLPKernel
 from bayesnn.processes.kernels.factories import checked_factory, for_searches, made
@@ -26,11 +28,12 @@ from bayesnn.processes.shared_scale import (
     MixturePrior,
     condition,
     fit_of,
+    gaussian,
     inflation,
     log_evidence,
     no_observations,
-    predict,
     predict_marginals,
+    student_t,
 )
 from bayesnn.registry import register
 
@@ -161,7 +164,18 @@ class StudentTProcess(Model):
         self._known = _seen(self._prior, data)
 
     def _latent(self, X: Tensor) -> Posterior:
-        return _of_dtype(predict(self._prior, self._known, X.double()), X.dtype)
+        return self._mixed(*gaussian(self._prior, self._known, X.double()), X.dtype)
+
+    def _latent_beside(self, shared: Tensor) -> Callable[[Tensor], Posterior]:
+        if self._conditioned:  # fantasies have observations of their own
+            return super()._latent_beside(shared)
+        beside = Beside(self._prior, self._known, shared.double())
+        return lambda X: self._mixed(*beside(X.double()), X.dtype)
+
+    def _mixed(self, loc: Tensor, covariance: Tensor, dtype: torch.dtype) -> Posterior:
+        """The posterior whose Gaussian process has means (*batch, q, m) and covariances (*batch, m, q, q)."""
+        found = student_t(self._prior, self._known, loc, covariance)
+        return StudentT(found.loc.to(dtype), found.scale.to(dtype), found.df)
 
     def _observations(self, latent: Posterior, X: Tensor) -> Any:
         """Function and noise under one chi-squared variable."""
@@ -210,10 +224,6 @@ class StudentTProcess(Model):
 def _seen(prior: MixturePrior, data: Data) -> Conditioned:
     X = data.X.double()
     return condition(prior, no_observations(prior, X.shape[-1]), X, data.Y.double())
-
-
-def _of_dtype(posterior: StudentT, dtype: torch.dtype) -> StudentT:
-    return StudentT(posterior.loc.to(dtype), posterior.scale.to(dtype), posterior.df)
 
 
 register("student-t", StudentTProcess, for_searches(StudentTProcess))

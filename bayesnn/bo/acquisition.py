@@ -9,7 +9,6 @@ import torch
 from botorch.acquisition import AcquisitionFunction, qUpperConfidenceBound
 from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.acquisition.max_value_entropy_search import qLowerBoundMaxValueEntropy
-from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
 from botorch.acquisition.objective import GenericMCObjective
 from botorch.models.model import Model as BotorchModel
@@ -24,7 +23,7 @@ from torch.distributions import Normal
 from bayesnn.bo.closed_form import ClosedForm, UnderLimits, log_expected_improvement
 from bayesnn.bo.gaussian_model import GaussianModel
 from bayesnn.bo.knowledge_gradient import KnowledgeGradient
-from bayesnn.bo.limited import LogNoisyExpectedImprovement, LogNParEGO
+from bayesnn.bo.limited import LogNoisyExpectedHypervolumeImprovement, LogNoisyExpectedImprovement, LogNParEGO
 from bayesnn.bo.optimise import ENUMERABLE, new_codes
 from bayesnn.bo.outcomes import Outcomes, Scales
 from bayesnn.bo.space import Space
@@ -268,7 +267,7 @@ def _log_nehvi(setting: Setting) -> AcquisitionFunction:
     else:
         wanted = setting.outcomes.signs * torch.tensor(setting.reference_point, dtype=torch.float64)
         reference = (wanted - at.scales.loc) / at.scales.scale
-    return qLogNoisyExpectedHypervolumeImprovement(ref_point=reference, **_several(setting, at))
+    return LogNoisyExpectedHypervolumeImprovement(ref_point=reference, **_several(setting, at))
 
 
 def _log_nparego(setting: Setting) -> AcquisitionFunction:

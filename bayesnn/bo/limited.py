@@ -1,4 +1,4 @@
-"""Noisy expected improvement under limits, with one value for one candidate however often it is asked for."""
+"""Noisy expected improvement: one value for one candidate however often it is asked for, what candidates share only once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from botorch.acquisition.multi_objective.parego import qLogNParEGO
 from botorch.acquisition.utils import compute_best_feasible_objective, get_infeasible_cost
 from torch import Tensor
@@ -35,7 +36,19 @@ class _Settled:
         return compute_best_feasible_objective(samples, obj, self._constraints, infeasible_obj=self.lower_bound)
 
 
-class LogNoisyExpectedImprovement(_Settled, qLogNoisyExpectedImprovement):
+class _Beside:
+    """What is known of the tried and pending configurations is computed once, not beside each candidate of each batch.
+
+    Its model is asked at codes and can be told what all batches share.
+    """
+
+    def forward(self: Any, X: Tensor) -> Tensor:
+        """(*batch, q, d) -> (*batch,)."""
+        self.model.share(self.X_baseline)
+        return super().forward(X)  # type: ignore[misc]
+
+
+class LogNoisyExpectedImprovement(_Beside, _Settled, qLogNoisyExpectedImprovement):
     """BoTorch's, with a settled lower bound, and of draws that are functions each one's best value so far only once.
 
     BoTorch asks for the tried configurations again beside each candidate, which for Gaussian processes makes their draws
@@ -67,5 +80,9 @@ class LogNoisyExpectedImprovement(_Settled, qLogNoisyExpectedImprovement):
         return samples, self.objective(samples, X=X)
 
 
-class LogNParEGO(_Settled, qLogNParEGO):
+class LogNParEGO(_Beside, _Settled, qLogNParEGO):
     """BoTorch's, with a settled lower bound."""
+
+
+class LogNoisyExpectedHypervolumeImprovement(_Beside, qLogNoisyExpectedHypervolumeImprovement):
+    """BoTorch's."""

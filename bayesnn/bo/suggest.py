@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -257,6 +257,8 @@ class _OnCodes(BotorchModel):
         super().__init__()
         self.model, self.space = model, space
         self.feature_dtype = training_features(model).dtype
+        self._shared: Tensor | None = None
+        self._beside: Callable[[Tensor], Posterior]
         # BoTorch then averages the acquisition function over the model's batch dimension.
         self._is_ensemble, self._is_fully_bayesian = model._is_ensemble, model._is_fully_bayesian
 
@@ -272,5 +274,24 @@ class _OnCodes(BotorchModel):
     def draws_are_functions(self) -> bool:
         return draws_are_functions(self.model)
 
+    def share(self, codes: Tensor) -> None:
+        """Compute what concerns these codes (k, d) once, where :meth:`posterior` finds them first in each of several batches.
+
+        They are constants then and get no gradients. Nothing changes for models without ``posterior_beside``.
+        """
+        if codes is not self._shared and hasattr(self.model, "posterior_beside"):
+            self._shared, self._beside = codes, self.model.posterior_beside(self._features(codes))
+
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Posterior:
-        return self.model.posterior(self.space.encode(X).to(self.feature_dtype), *args, **kwargs)
+        own = None if args or any(value is not None for value in kwargs.values()) else self._own(X)
+        return self.model.posterior(self._features(X), *args, **kwargs) if own is None else self._beside(own)
+
+    def _own(self, X: Tensor) -> Tensor | None:
+        """The features that follow the shared codes; None if those don't come first."""
+        if self._shared is None or X.dim() < 3 or X.shape[-2] <= len(self._shared):
+            return None
+        first, own = X.split([len(self._shared), X.shape[-2] - len(self._shared)], -2)
+        return self._features(own) if torch.equal(first, self._shared.expand_as(first)) else None
+
+    def _features(self, codes: Tensor) -> Tensor:
+        return self.space.encode(codes).to(self.feature_dtype)

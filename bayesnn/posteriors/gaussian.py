@@ -72,6 +72,8 @@ def output_covariance(distribution: MultivariateNormal) -> Any:
     covariance = distribution.lazy_covariance_matrix
     if not isinstance(distribution, MultitaskMultivariateNormal):
         return covariance.unsqueeze(-3)
+    if isinstance(covariance, BlockDiagLinearOperator) and not distribution._interleaved:
+        return to_linear_operator(covariance.base_linear_op.to_dense())  # without the zeros between outputs
     q, m = distribution.event_shape
     dense = covariance.to_dense().reshape(
         *covariance.batch_shape, *((q, m, q, m) if distribution._interleaved else (m, q, m, q))
