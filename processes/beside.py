@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from botorch.models import SingleTaskGP
@@ -131,6 +131,7 @@ def observations_of(gp: SingleTaskGP, X: Tensor) -> Observations:
         X: its training inputs (n, d).
     """
     gp.posterior(X[:1])  # GPyTorch makes its caches as it first predicts
-    root = gp.prediction_strategy.lik_train_train_covar.cholesky().to_dense().reshape(-1, len(X), len(X))
+    strategy: Any = gp.prediction_strategy
+    root = strategy.lik_train_train_covar.cholesky().to_dense().reshape(-1, len(X), len(X))
     residual = (gp.train_targets - gp.mean_module(gp.train_inputs[0])).reshape(-1, len(X), 1)
     return Observations(X, root, torch.linalg.solve_triangular(root, residual, upper=False).squeeze(-1))

@@ -12,6 +12,7 @@ import gpytorch
 import torch
 from botorch.exceptions.warnings import BotorchTensorDimensionWarning
 from botorch.models import SingleTaskGP
+from botorch.posteriors import Posterior
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel
 from gpytorch.settings import min_fixed_noise
@@ -103,7 +104,7 @@ class ExactProcess(Model):
         with _exact():
             return GaussianPosterior(self._gp.posterior(X.double()).distribution).of_dtype(X.dtype)
 
-    def _latent_beside(self, shared: Tensor) -> Callable[[Tensor], GaussianPosterior]:
+    def _latent_beside(self, shared: Tensor) -> Callable[[Tensor], Posterior]:
         if self._conditioned:  # fantasies have observations of their own
             return super()._latent_beside(shared)
         with _exact(), torch.no_grad():

@@ -84,5 +84,5 @@ class LogNParEGO(_Beside, _Settled, qLogNParEGO):
     """BoTorch's, with a settled lower bound."""
 
 
-class LogNoisyExpectedHypervolumeImprovement(_Beside, qLogNoisyExpectedHypervolumeImprovement):
+class LogNoisyExpectedHypervolumeImprovement(_Beside, qLogNoisyExpectedHypervolumeImprovement):  # type: ignore[misc]
     """BoTorch's."""

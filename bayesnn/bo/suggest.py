@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from botorch.acquisition import AcquisitionFunction
 from botorch.models.model import Model as BotorchModel
-from botorch.posteriors import Posterior
 from torch import Tensor
 
 from bayesnn.bo.acquisition import (
@@ -21,9 +20,9 @@ from bayesnn.bo.acquisition import (
     Setting,
     acquisition as build_acquisition,
     check_acquisition,
-    draws_are_functions,
 )
 from bayesnn.bo.feasibility import IfItSucceeds, SuccessModel
+from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.optimise import Effort, SpaceExhaustedError, local_randomness, maximise, seen
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
 from bayesnn.bo.space import Configuration, Space
@@ -175,7 +174,7 @@ def propose(
     deadline = None if seconds is None else time.monotonic() + seconds
     check_acquisition(acquisition, outcomes, model)
     check_reference_point(reference_point, outcomes)
-    on_codes = _OnCodes(model, space)
+    on_codes = OnCodes(model, space)
     tried = space.compared(space.decode(training_features(model)))
     failed, others = (pending[:0] if given is None else space.compared(given) for given in (failed, others))
     reference = None if reference_point is None else tuple(float(value) for value in reference_point)
@@ -248,50 +247,3 @@ def check_reference_point(reference_point: Sequence[float] | None, outcomes: Out
         raise ValueError(f"reference_point must be None for one objective, found {list(reference_point)}")
     if len(reference_point) != number:
         raise ValueError(f"reference_point must have {number} values, found {len(reference_point)}")
-
-
-class _OnCodes(BotorchModel):
-    """A model of features, asked at codes."""
-
-    def __init__(self, model: BotorchModel, space: Space) -> None:
-        super().__init__()
-        self.model, self.space = model, space
-        self.feature_dtype = training_features(model).dtype
-        self._shared: Tensor | None = None
-        self._beside: Callable[[Tensor], Posterior]
-        # BoTorch then averages the acquisition function over the model's batch dimension.
-        self._is_ensemble, self._is_fully_bayesian = model._is_ensemble, model._is_fully_bayesian
-
-    @property
-    def num_outputs(self) -> int:
-        return self.model.num_outputs
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        return self.model.batch_shape
-
-    @property
-    def draws_are_functions(self) -> bool:
-        return draws_are_functions(self.model)
-
-    def share(self, codes: Tensor) -> None:
-        """Compute what concerns these codes (k, d) once, where :meth:`posterior` finds them first in each of several batches.
-
-        They are constants then and get no gradients. Nothing changes for models without ``posterior_beside``.
-        """
-        if codes is not self._shared and hasattr(self.model, "posterior_beside"):
-            self._shared, self._beside = codes, self.model.posterior_beside(self._features(codes))
-
-    def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Posterior:
-        own = None if args or any(value is not None for value in kwargs.values()) else self._own(X)
-        return self.model.posterior(self._features(X), *args, **kwargs) if own is None else self._beside(own)
-
-    def _own(self, X: Tensor) -> Tensor | None:
-        """The features that follow the shared codes; None if those don't come first."""
-        if self._shared is None or X.dim() < 3 or X.shape[-2] <= len(self._shared):
-            return None
-        first, own = X.split([len(self._shared), X.shape[-2] - len(self._shared)], -2)
-        return self._features(own) if torch.equal(first, self._shared.expand_as(first)) else None
-
-    def _features(self, codes: Tensor) -> Tensor:
-        return self.space.encode(codes).to(self.feature_dtype)

@@ -15,8 +15,8 @@ from torch.distributions import Normal
 
 from bayesnn.bo import Space, SpaceExhaustedError, suggest
 from bayesnn.bo.acquisition import NAMES, Setting, acquisition, check_acquisition
+from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.outcomes import Outcomes, outcomes_of
-from bayesnn.bo.suggest import _OnCodes
 from bayesnn.bo.thompson import ThompsonAtPlaces, ThompsonDraw
 from bayesnn.inference.amortized import PFN
 from bayesnn.posteriors import FunctionDraws
@@ -43,7 +43,7 @@ def gp(Y: Tensor, noise_var: float = 1e-4) -> SingleTaskGP:
 
 
 def setting(model: BotorchModel, outcomes: Outcomes, num_samples: int = 512, seed: int = 0) -> Setting:
-    return Setting(_OnCodes(model, LINE), LINE, X, X, outcomes, None, num_samples, 4.0, seed)
+    return Setting(OnCodes(model, LINE), LINE, X, X, outcomes, None, num_samples, 4.0, seed)
 
 
 def built(name: str, model: BotorchModel, direction: Any = "maximize", **options: Any) -> Any:
@@ -213,7 +213,7 @@ def test_thompson_of_a_gaussian_follows_its_joint_law() -> None:
     probability = float(Normal(0.0, 1.0).cdf((posterior.mean[0] - posterior.mean[1]) / std).detach())
     first = []
     for seed in range(400):
-        draw = ThompsonAtPlaces(_OnCodes(model, LINE), lambda values: values, places, seed)
+        draw = ThompsonAtPlaces(OnCodes(model, LINE), lambda values: values, places, seed)
         values = draw(places.unsqueeze(-2))
         first.append(float(values[0] > values[1]))
     z = (sum(first) / 400 - probability) / math.sqrt(probability * (1 - probability) / 400)

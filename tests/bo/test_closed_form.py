@@ -12,8 +12,8 @@ from bayesnn import NNGP, PFN, ConditionalNeuralProcess
 from bayesnn.bo import ClosedForm, Space, log_expected_improvement, probability_of_improvement, quantile
 from bayesnn.bo.acquisition import Setting, acquisition
 from bayesnn.bo.closed_form import UnderLimits
+from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.outcomes import outcomes_of
-from bayesnn.bo.suggest import _OnCodes
 from bayesnn.histogram import prior_borders
 from bayesnn.inference.amortized import DeepSetNetwork, SetTransformer
 
@@ -123,7 +123,7 @@ def test_auto_under_limits_is_the_closed_form():
         ({1: ("<=", middle)}, float(-means[means[:, 1] <= middle, 0].min())),
         ({1: ("<=", float(means[:, 1].min()) - 100)}, None),
     ):
-        on_codes = _OnCodes(model, space)
+        on_codes = OnCodes(model, space)
         outcomes = outcomes_of(2, "minimize", limit)
         setting = Setting(on_codes, space, tried, tried, outcomes, None, 64, 4.0, 0)
         name, function = acquisition("auto", setting, 1, 0)

@@ -19,9 +19,10 @@ from bayesnn.bo import AutoSurrogate, Fidelity, Space, SurrogateSampler, When, a
 from bayesnn.bo.acquisition import FOR_SEVERAL, NAMES, Setting, acquisition as build
 from bayesnn.bo.at_resource import AtResource, ModelAtResource
 from bayesnn.bo.curves import observe_curves
+from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.optimise import SpaceExhaustedError
 from bayesnn.bo.outcomes import outcomes_of
-from bayesnn.bo.suggest import _OnCodes, propose
+from bayesnn.bo.suggest import propose
 from bayesnn.processes import LearningCurveProcess
 
 FIDELITY = Fidelity(27)
@@ -286,7 +287,7 @@ def test_pending_points_are_where_the_acquisition_function_wants_them(
 
 
 def setting(model: Any, space: AtResource, tried: Tensor) -> Setting:
-    return Setting(_OnCodes(model, space), space, tried, tried, outcomes_of(1, "minimize"), None, 64, 4.0, 0)
+    return Setting(OnCodes(model, space), space, tried, tried, outcomes_of(1, "minimize"), None, 64, 4.0, 0)
 
 
 def test_the_knowledge_gradient_counts_what_the_next_rung_tells() -> None:

@@ -17,8 +17,9 @@ from torch.distributions import Normal
 from bayesnn import BNN, NotFittedError
 from bayesnn.bo import Space, SpaceExhaustedError, suggest
 from bayesnn.bo.acquisition import Setting, acquisition as build
+from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.outcomes import outcomes_of
-from bayesnn.bo.suggest import _OnCodes, propose
+from bayesnn.bo.suggest import propose
 from bayesnn.inference import DeepEnsemble
 
 pytestmark = [
@@ -99,7 +100,7 @@ def test_known_and_pending_points_gain_nothing(kind: str) -> None:
         X = LINE.sobol(6, seed=0)
         model = gp(LINE, X, bump(X))
     tried, pending = LINE.sobol(6, seed=0), torch.tensor([[0.123], [0.456]], dtype=torch.float64)
-    setting = Setting(_OnCodes(model, LINE), LINE, tried, tried, outcomes_of(1, "maximize"), None, 64, 4.0, 0)
+    setting = Setting(OnCodes(model, LINE), LINE, tried, tried, outcomes_of(1, "maximize"), None, 64, 4.0, 0)
     _, acquisition = build("lognei", setting, 1, 0)
     acquisition.set_X_pending(pending)
     known = acquisition(torch.cat([tried, pending]).unsqueeze(-2)).exp()

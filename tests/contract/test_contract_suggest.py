@@ -14,8 +14,8 @@ import bayesnn
 from bayesnn import BayesnnWarning
 from bayesnn.bo import AutoSurrogate, Ordinal, Space, suggest
 from bayesnn.bo.acquisition import OF_ANY_DRAWS, Setting, acquisition, draws_are_functions
+from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.outcomes import outcomes_of
-from bayesnn.bo.suggest import _OnCodes
 from bayesnn.inference import HMC, MeanField
 from bayesnn.inference.amortized import DeepSetNetwork, SetTransformer
 from bayesnn.likelihoods import Gaussian
@@ -95,7 +95,7 @@ def built(model, space, problem, name, num_pending=0):
     num_outputs, limits, _ = PROBLEMS[problem]
     codes, _ = outputs(SPACES[space], num_outputs)
     outcomes = outcomes_of(num_outputs, "maximize", limits)
-    setting = Setting(_OnCodes(model, SPACES[space]), SPACES[space], codes, codes, outcomes, None, 16, 4.0, 0)
+    setting = Setting(OnCodes(model, SPACES[space]), SPACES[space], codes, codes, outcomes, None, 16, 4.0, 0)
     return acquisition(name, setting, 1, num_pending)[1]
 
 

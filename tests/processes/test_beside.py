@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bayesnn.bo import Space
 from bayesnn.bo.acquisition import Setting, acquisition
+from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.optimise import local_randomness
 from bayesnn.bo.outcomes import outcomes_of
-from bayesnn.bo.suggest import _OnCodes
 from bayesnn.likelihoods import Gaussian
 from bayesnn.model import Model
 from bayesnn.processes import NNGP, DeepKernel, GaussianProcess, ScaleMixtureProcess, StudentTProcess
@@ -111,7 +111,7 @@ def test_shared_rows_cost_nothing_in_a_second_call(family: Any, entries: list[in
 
 
 def built(name: str, model: Model, limits: Any, share: bool) -> Any:
-    on_codes = _OnCodes(model, SQUARE)
+    on_codes = OnCodes(model, SQUARE)
     if not share:
         on_codes.share = lambda codes: None  # type: ignore[method-assign]
     number = 2 if name != "lognei" else 1
@@ -146,7 +146,7 @@ def test_acquisition_values_are_the_same(name: str, family: Any, limits: Any, en
 
 
 def test_other_rows_are_not_taken_for_the_shared_ones() -> None:
-    model, own = _OnCodes(fitted(), SQUARE), SQUARE.sobol(6, seed=3).reshape(2, 3, 2).requires_grad_()
+    model, own = OnCodes(fitted(), SQUARE), SQUARE.sobol(6, seed=3).reshape(2, 3, 2).requires_grad_()
     expected = model.posterior(own)
     model.share(X[:2])
     assert_same(model.posterior(own), expected, own)
