@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bayesnn.data import BayesnnWarning, Data
+from bayesnn.data import BayesnnWarning, Data, Scaling, check_inputs
 from bayesnn.inference.draws import WeightPosterior
 from bayesnn.inference.ensembles.deep import DeepEnsemble
 from bayesnn.inference.mcmc.hmc import HMC
@@ -77,15 +77,16 @@ class BNN(Model):
         self._answering: WeightPosterior
         self._reweighting: Tensor | None = None
         self._seed = 0
+        self._parts: tuple[int, ...] = ()  # how many rows came at each fit
         self._earlier: BNN | None = None  # while a fit goes on from it
 
     def refit(self, X: Any, Y: Any, **options: Any) -> Self:
         """A model with the same settings, fitted to more data from where this one's fit ended.
 
-        Ensembles, mean-field fits and Metropolis-corrected chains go on: with a fifth of the steps, or a fifth of the draws
-        after a warm-up that adapts step sizes alone. Chains leave the new posterior invariant, and forget where they come
-        from as they move; for much other data than before, fit from scratch. All other methods do, and so do networks that
-        are only partly stochastic.
+        Ensembles, mean-field fits and Metropolis-corrected chains go on, with inputs and outcomes scaled as they were: with a
+        fifth of the steps, or a fifth of the draws after a warm-up that adapts step sizes alone. Chains leave the new
+        posterior invariant, and forget where they come from as they move; for much other data than before, fit from scratch.
+        All other methods do, and so do networks that are only partly stochastic.
 
         Args:
             X: inputs (n, d), of which the first are those that this model was fitted to.
@@ -94,19 +95,38 @@ class BNN(Model):
 
         Raises:
             NotFittedError: before fit.
-            ValueError: for fewer rows than before, or other numbers of columns.
+            TypeError, ValueError: for data that can't be used, fewer rows than before, other first rows, or other numbers of
+                columns.
         """
-        data, twin = self._require_fitted(), type(self)(**self._arguments)
-        X, Y = torch.as_tensor(X), torch.as_tensor(Y)
-        if len(X) < len(data) or X.shape[1:] != data.X.shape[1:]:
+        data, twin, rows = self._require_fitted(), type(self)(**self._arguments), check_inputs(X)
+        if len(rows) < len(data) or rows.shape[1:] != data.X.shape[1:]:
             raise ValueError(
-                f"X must have {len(data)} rows or more, and {data.X.shape[-1]} columns, as before; found {tuple(X.shape)}"
+                f"X must have {len(data)} rows or more, and {data.X.shape[-1]} columns, as before; found {tuple(rows.shape)}"
             )
-        twin._earlier = self
+        before = self.train_inputs[0]
+        if not torch.allclose(
+            rows[: len(data)].to(before), before, rtol=1e-4, atol=1e-4 * float(self._inputs.scale.max())
+        ):
+            raise ValueError(
+                "X must begin with the rows that this model was fitted to, in the same order; found others"
+            )
+        if hasattr(self.method, "continued") and self.stochastic == "all":
+            twin._earlier = self
         try:
             return twin.fit(X, Y, seed=self._seed, **options)
         finally:
             twin._earlier = None
+
+    def _input_scaling(self, X: Tensor) -> Scaling:
+        return super()._input_scaling(X) if self._earlier is None else self._earlier._inputs.to(X)
+
+    def _outcome_scaling(self, Y: Tensor) -> Scaling:
+        if self._earlier is None:
+            return super()._outcome_scaling(Y)
+        before = self._earlier._outcomes
+        if Y.shape[-1] != before.loc.shape[-1]:
+            raise ValueError(f"Y must have {before.loc.shape[-1]} column(s), as before; found {Y.shape[-1]}")
+        return before.to(Y)
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         target = self._target(data, outcome_scale)
@@ -116,10 +136,13 @@ class BNN(Model):
             learned = run(DeepEnsemble(num_members=1, held_out=0.0), target, **learning).parameters
             target = partial_target(target, names, {name: value[0] for name, value in learned.items()})
         self._seed = options["seed"]
-        method, earlier = self.method, self._earlier
+        method: Any = self.method
         start: Any = target
-        if earlier is not None and hasattr(method, "continued") and not target.frozen:
-            method, start = method.continued(target, earlier.weights, len(earlier._require_fitted()))
+        earlier = self._earlier
+        if earlier is not None:
+            method, start = method.continued(target, earlier.weights.to(data.X), earlier._parts)
+        parts = () if earlier is None else earlier._parts
+        self._parts = (*parts, len(data) - sum(parts))
         self._take(target, run(method, start, **options).completed(target.frozen))
 
     def _target(self, data: Data, outcome_scale: Tensor) -> NetworkTarget:
@@ -199,7 +222,7 @@ class BNN(Model):
         state |= {f"groups.{name}": values for name, values in self._weights.groups.items()}
         state |= {f"buffers.{name}": values for name, values in self._fitted_network.named_buffers()}
         state["num_chains"] = torch.tensor(self._weights.num_chains)
-        state["seed"] = torch.tensor(self._seed)
+        state["seed"], state["parts"] = torch.tensor(self._seed), torch.tensor(self._parts)
         if self._weights.log_weights is not None:
             state["log_weights"] = self._weights.log_weights
         return state
@@ -216,6 +239,7 @@ class BNN(Model):
                 parts[part][rest] = tensor
         assert self._data is not None
         self._seed = int(tensors.get("seed", 0))
+        self._parts = tuple(tensors.get("parts", torch.tensor([len(self._data)])).tolist())
         target = self._target(self._data, self._outcomes.scale)
         target.network.load_state_dict(parts["buffers"], strict=False)
         self._take(

@@ -33,6 +33,10 @@ class Scaling(NamedTuple):
         """From the user's units to standardised ones."""
         return (values - self.loc.to(values)) / self.scale.to(values)
 
+    def to(self, like: Tensor) -> Scaling:
+        """In a tensor's dtype and place."""
+        return Scaling(self.loc.to(like), self.scale.to(like))
+
 
 def as_float(values: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Turn arrays, data frames, lists and tensors into a floating-point tensor.

@@ -76,6 +76,10 @@ class Model(Configured, BotorchModel):
         """How the columns of X are scaled."""
         return standardisation(X, "X") if self.scale_inputs else identity(X.shape[-1], X)
 
+    def _outcome_scaling(self, Y: Tensor) -> Scaling:
+        """How real-valued outcomes are scaled."""
+        return standardisation(Y, "Y")
+
     def _state(self) -> dict[str, Tensor]:
         """The fitted tensors that ``save`` writes."""
         return {}
@@ -126,7 +130,7 @@ class Model(Configured, BotorchModel):
         Y = self.likelihood.check(Y, X.shape[0], X).detach()
         inputs = self._input_scaling(X)
         standardised = self.likelihood.standardises
-        outcomes = standardisation(Y, "Y") if standardised else identity(Y.shape[-1], X)
+        outcomes = self._outcome_scaling(Y) if standardised else identity(Y.shape[-1], X)
         check_variance(outcomes, "Y")
         data = Data(inputs.standardise(X), outcomes.standardise(Y) if standardised else Y)
         self._fit(
@@ -231,7 +235,10 @@ class Model(Configured, BotorchModel):
             NotFittedError: before ``fit``.
             TypeError, ValueError: for inputs that can't be used.
         """
-        latent_beside = self._latent_beside(self._scaled(shared).detach())
+        scaled = self._scaled(shared).detach()
+        if scaled.dim() != 2:
+            raise ValueError(f"shared must have shape (k, d), found {tuple(scaled.shape)}")
+        latent_beside = self._latent_beside(scaled)
 
         def posterior(X: Tensor) -> Posterior:
             scaled = self._scaled(X)

@@ -49,6 +49,14 @@ class WeightPosterior:
         """The parameters that differ between draws."""
         return {name: values for name, values in self.parameters.items() if name not in self.fixed}
 
+    def to(self, like: Tensor) -> WeightPosterior:
+        """The same draws in a tensor's dtype and place."""
+        moved = copy.copy(self)
+        moved.parameters, moved.fixed = (
+            {name: value.to(like) for name, value in parameters.items()} for parameters in (self.parameters, self.fixed)
+        )
+        return moved
+
     def completed(self, fixed: Parameters) -> WeightPosterior:
         """The same draws, with parameters that all of them have in common."""
         complete = copy.copy(self)

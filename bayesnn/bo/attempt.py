@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from bayesnn.bo.goals import Goals
@@ -102,9 +103,14 @@ class Call(NamedTuple):
         ended_early = isinstance(returned.value, EndedEarly)
         value = returned.value.value if ended_early else returned.value
         try:
-            numbers, others = self.goals.read(value), self.goals.others(value)
-        except Exception as error:  # what came back may not even be willing to be shown
+            numbers = self.goals.read(value)
+        except ValueError as error:
             return Attempt(None, returned.seconds, str(error))
+        except Exception as error:  # what came back may not even be willing to be shown
+            return Attempt(None, returned.seconds, f"{type(error).__name__}: {error}"[:2000])
+        others: dict[str, float] = {}
+        with suppress(Exception):
+            others = self.goals.others(value)
         return Attempt(numbers, returned.seconds, others=others, ended_early=ended_early)
 
     def elsewhere(self, x: Configuration) -> Attempt:

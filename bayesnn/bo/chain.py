@@ -18,7 +18,7 @@ from bayesnn.bo.at_resource import AtResource, ModelAtResource
 from bayesnn.bo.auto import AutoSurrogate
 from bayesnn.bo.curves import observe_curves
 from bayesnn.bo.fidelity import Fidelity
-from bayesnn.bo.fitters import Fitter, Surrogate, fitter_of
+from bayesnn.bo.fitters import Fitter, GoingOn, Surrogate, fitter_of
 from bayesnn.bo.observations import Observations, observe
 from bayesnn.bo.optimise import SpaceExhaustedError, seen
 from bayesnn.bo.outcomes import Direction, Limit, Outcomes, outcomes_of
@@ -47,6 +47,7 @@ class _Sight(NamedTuple):
         num_observed: how many trials have values.
         left_out: codes of trials whose values aren't modelled, because there are too many.
         record: what a trial's record says of it.
+        undrawn: the values before outliers were drawn in; None: they are what they were.
     """
 
     space: Space
@@ -54,6 +55,7 @@ class _Sight(NamedTuple):
     num_observed: int
     left_out: Tensor
     record: dict[str, Any]
+    undrawn: Tensor | None = None
 
     def drawn_in(self, outcomes: Outcomes) -> _Sight:
         """With outliers among the bad values drawn in; after each resource, its own: early values are worse as a rule."""
@@ -61,7 +63,7 @@ class _Sight(NamedTuple):
         resources = codes[:, -1] if isinstance(self.space, AtResource) else torch.zeros(len(codes))
         for resource in resources.unique():
             values[resources == resource] = drawn_in(values[resources == resource], outcomes)
-        return self._replace(observations=self.observations._replace(values=values))
+        return self._replace(observations=self.observations._replace(values=values), undrawn=self.observations.values)
 
 
 class Chain:
@@ -97,7 +99,8 @@ class Chain:
         sight = self._look(study, space)
         if not sight.num_observed:
             raise ValueError("no trial of this study has finished with a finite value, so there is nothing to fit")
-        model = self._fitted(sight.drawn_in(_outcomes(study, sight.observations)), self.seed, self._fit)
+        outcomes = _outcomes(study, sight.observations)
+        model = self._fitted(sight.drawn_in(outcomes), outcomes, self.seed, self._fit)
         if self.fidelity is None:
             return model
         return ModelAtResource(model, self.fidelity.code(self.fidelity.max_resource))
@@ -115,11 +118,16 @@ class Chain:
         record = {"num_rows": len(observations.codes), "num_left_out": len(left_out), "resource": curves.resource}
         return _Sight(AtResource(space, resource, first), observations, curves.num_trials, left_out, record)
 
-    def _fitted(self, sight: _Sight, seed: int, fit: Fitter) -> BotorchModel:
+    def _fitted(self, sight: _Sight, outcomes: Outcomes, seed: int, fit: Fitter) -> BotorchModel:
+        X, Y = sight.space.encode(sight.observations.codes), sight.observations.values
+        undrawn = Y if sight.undrawn is None else sight.undrawn
+        first = (
+            {"of_first": lambda num_rows: drawn_in(undrawn[:num_rows], outcomes)} if isinstance(fit, GoingOn) else {}
+        )
         with warnings.catch_warnings():
             # A category that hasn't been tried yet is a constant column, nothing to tell the user about at each trial.
             warnings.filterwarnings("ignore", message="X: column", category=BayesnnWarning)
-            return fit(sight.space.encode(sight.observations.codes), sight.observations.values, seed)
+            return fit(X, Y, seed, **first)
 
     def answers(self, study: Study, space: Space, number: int, q: int) -> list[Answer]:
         """What trial ``number`` and the q - 1 after it should try, jointly, and how that was found.
@@ -217,7 +225,7 @@ class Chain:
     ) -> Proposal:
         seed = _seed(self.seed, number)
         start = time.perf_counter()
-        model = self._fitted(sight, seed, fit)
+        model = self._fitted(sight, outcomes, seed, fit)
         record["fit_seconds"] = round(time.perf_counter() - start, 6)
         if isinstance(fit, AutoSurrogate):
             record |= fit.record(sight.space.encode(sight.observations.codes), sight.observations.values)

@@ -6,6 +6,7 @@ costs more than the answer: the context is encoded at ``fit``, and a value here 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,20 @@ from bayesnn.histogram import Histogram
 Value = Callable[[Distribution], Tensor]
 
 
-class ClosedForm(AcquisitionFunction):
+class _OfOnePoint(AcquisitionFunction):
+    """Knows of no pending points."""
+
+    def set_X_pending(self, X_pending: Tensor | None = None) -> None:
+        """Not for closed forms.
+
+        Raises:
+            UnsupportedError: for any pending points.
+        """
+        if X_pending is not None:
+            raise UnsupportedError("closed forms know of no pending points: take one that averages over draws")
+
+
+class ClosedForm(_OfOnePoint):
     """A value of f's marginal at each candidate.
 
     Args:
@@ -46,15 +60,6 @@ class ClosedForm(AcquisitionFunction):
         self.value, self.maximize = value, maximize
         self.X_pending = None  # type: ignore[assignment]
 
-    def set_X_pending(self, X_pending: Tensor | None = None) -> None:
-        """Not for closed forms.
-
-        Raises:
-            UnsupportedError: for any pending points.
-        """
-        if X_pending is not None:
-            raise UnsupportedError("closed forms know of no pending points: take one that averages over draws")
-
     @t_batch_mode_transform(expected_q=1)  # type: ignore[arg-type]
     def forward(self, X: Tensor) -> Tensor:
         """(b, 1, d) -> (b,)."""
@@ -64,7 +69,7 @@ class ClosedForm(AcquisitionFunction):
         return self.value(marginals if self.maximize else _negated(marginals))[..., 0, 0]
 
 
-class UnderLimits(AcquisitionFunction):
+class UnderLimits(_OfOnePoint):
     r"""The log expected improvement times the probability that all limits are kept, outcomes being independent.
 
     .. math:: \log E[\max(f - \mathrm{best}, 0)] + \sum_j \log P(g_j \text{ keeps its limit})
@@ -90,6 +95,7 @@ class UnderLimits(AcquisitionFunction):
     ) -> None:
         super().__init__(model)
         improvement = None if best is None else log_expected_improvement(best)
+        self.X_pending = None  # type: ignore[assignment]
         self.parts = [] if improvement is None else [(objective, maximize, improvement)]
         for index, sign, bound in limits:
             above = sign == ">="
@@ -109,7 +115,10 @@ def _log_probability_above(bound: float) -> Value:
         if isinstance(law, Normal):
             return torch.special.log_ndtr((law.loc - bound) / law.scale)
         found = probability_of_improvement(bound)(law)
-        return found.clamp_min(torch.finfo(found.dtype).tiny).log()
+        tiny = torch.finfo(found.dtype).tiny
+        # Where it is too small for a number, nearer is better all the same.
+        farther = math.log(tiny) - ((bound - law.mean) / law.variance.sqrt()).clamp_min(0)
+        return torch.where(found > tiny, found.clamp_min(tiny).log(), farther)
 
     return value
 

@@ -40,14 +40,23 @@ class GoingOn:
         self.model, self.seed = model, seed
         self._last: tuple[str, BNN] | None = None
 
-    def __call__(self, X: Tensor, Y: Tensor, seed: int) -> BNN:
-        """Fitted to features X (n, d) and values Y (n, m); ``seed`` counts where there are fewer than 10 rows."""
+    def __call__(self, X: Tensor, Y: Tensor, seed: int, of_first: Callable[[int], Tensor] | None = None) -> BNN:
+        """Fitted to features X (n, d) and values Y (n, m).
+
+        Args:
+            X: features.
+            Y: values.
+            seed: counts where there are fewer than 10 rows.
+            of_first: the values of so many first rows as they were when there were no others, if these have changed them.
+        """
         num_rows = num_scored(len(X))
         if num_rows == 0:
             return copy.deepcopy(self.model).fit(X, Y, seed=seed)
-        key, last = fingerprint(X[:num_rows], Y[:num_rows]), self._last
+        first = X[:num_rows], Y[:num_rows] if of_first is None else of_first(num_rows)
+        last = self._last
+        key = fingerprint(*first)
         if last is None or last[0] != key:
-            last = self._last = key, copy.deepcopy(self.model).fit(X[:num_rows], Y[:num_rows], seed=self.seed)
+            last = self._last = key, copy.deepcopy(self.model).fit(*first, seed=self.seed)
         return last[1] if num_rows == len(X) else last[1].refit(X, Y)
 
 
@@ -75,7 +84,8 @@ def fitter_of(surrogate: Any, fidelity: Fidelity | None, seed: int) -> tuple[str
             "surrogate must be a name, an unfitted bayesnn model or a function (X, Y) -> fitted BoTorch model, "
             f"found {type(surrogate).__name__}"
         )
-    return name, GoingOn(model, seed) if isinstance(model, BNN) else partial(_fit_copy, model)
+    # With a fidelity the first rows change as trials go on.
+    return name, GoingOn(model, seed) if isinstance(model, BNN) and fidelity is None else partial(_fit_copy, model)
 
 
 # By name, not as lambdas: Optuna's users pickle samplers.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -80,6 +80,10 @@ class Goals:
         Raises:
             ValueError: for anything but finite numbers for all outcomes; it says what was found.
         """
+        if isinstance(returned, Generator):
+            raise ValueError(
+                "the objective returned a generator: say with fidelity=Fidelity(max_resource=…) how often it yields"
+            )
         if self.named:
             return self._by_name(returned)
         if len(self.directions) == 1:

@@ -44,11 +44,11 @@ class PFNClassifier(AmortizedModel):
         if not isinstance(likelihood, Categorical):
             raise TypeError(f"likelihood must be likelihoods.Categorical, found {likelihood!r}")
         super().__init__(network, likelihood, max_context, bounds, neighbours=neighbours)
-        if not isinstance(self.network, SetClassifier):
+        if not isinstance(self._asked, SetClassifier):
             raise TypeError(f"network must be a SetClassifier, found {type(self.network).__name__}")
-        if likelihood.num_classes > self.network.num_outputs:
+        if likelihood.num_classes > self._asked.num_outputs:
             raise ValueError(
-                f"likelihood must have at most {self.network.num_outputs} classes, as many as the network was trained on; "
+                f"likelihood must have at most {self._asked.num_outputs} classes, as many as the network was trained on; "
                 f"found {likelihood.num_classes}"
             )
 

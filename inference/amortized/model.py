@@ -54,7 +54,7 @@ class AmortizedModel(Model):
 
     Args:
         network: a module with ``encode``, ``query`` and ``distributions`` (see ``SetTransformer`` and
-            ``DeepSetNetwork``), or the name of one that ships with the package, which all models of that name share.
+            ``DeepSetNetwork``), or the name of one that ships with the package.
         likelihood: what the network's head stands for.
         max_context: more rows than it was trained on are refused; None: as the shipped network's card says, or no limit.
         bounds: known bounds (low, high) of all inputs, or one pair for each: [low, high] becomes the interval around 0 over
@@ -92,14 +92,17 @@ class AmortizedModel(Model):
             if network not in names:
                 raise ValueError(f"network must be one of {', '.join(names)}, or a network; found {network!r}")
             network, card = shipped(f"{self.prefix}-{network}")
+            # Not as a submodule: what is done to this model doesn't reach others.
+            self.__dict__["_shipped"] = network
             max_context = card["max_context"] if max_context is None else max_context
         wanted = ("encode", "query", "distributions", "max_features")
         if not isinstance(network, nn.Module) or not all(hasattr(network, name) for name in wanted):
             raise TypeError(f"network must be a module with {', '.join(wanted)}, found {type(network).__name__}")
         max_context = None if max_context is None else count("max_context", max_context, least=0)
-        self.network: Any
         self._own: Any
-        self.network, self.max_context = network, max_context
+        self.max_context = max_context
+        if "_shipped" not in self.__dict__:
+            self._modules["network"] = network
         self.neighbours = None if neighbours is None else count("neighbours", neighbours)
         if self.neighbours is not None and self.neighbours > (max_context or math.inf):
             raise ValueError(
@@ -108,6 +111,18 @@ class AmortizedModel(Model):
         if self.neighbours is not None and joint == "autoregressive":
             raise ValueError("neighbours must be None for autoregressive draws, whose context is one for all points")
         self._context: Context
+
+    @property
+    def network(self) -> Any:
+        """Its network; of one that ships, a copy that is this model's own, made when it is first asked for."""
+        if "network" not in self._modules:
+            self._modules["network"] = copy.deepcopy(self._asked).requires_grad_(True)
+        return self._modules["network"]
+
+    @property
+    def _asked(self) -> Any:
+        """The network, or the one that ships and is shared."""
+        return self._modules.get("network", self.__dict__.get("_shipped"))
 
     def meta_fit(
         self,
@@ -133,9 +148,9 @@ class AmortizedModel(Model):
         """
         count("seed", seed, least=0)
         training = MetaTraining() if training is None else training
-        network = _without_range(self.network).train().requires_grad_(False)
+        network = _without_range(self._asked).train().requires_grad_(False)
         run(training, MetaTarget(network, prior), seed=seed, progress=progress, checkpoint=checkpoint)
-        self.network, self.max_context = network.eval(), training.max_context
+        self._modules["network"], self.max_context = network.eval(), training.max_context
         if self.neighbours is not None:
             self.neighbours = min(self.neighbours, max(1, training.max_context))
         self._data = None
@@ -143,7 +158,7 @@ class AmortizedModel(Model):
 
     def _fit(self, data: Data, outcome_scale: Tensor, **options: Any) -> None:
         num_rows, num_features = data.X.shape
-        limit = self.network.max_features
+        limit = self._asked.max_features
         if num_features > limit:
             raise ValueError(
                 f"X must have at most {limit} columns, as many as the network was trained on; found {num_features}"
@@ -153,8 +168,8 @@ class AmortizedModel(Model):
                 f"X must have at most {self.max_context} rows, as many as the network was trained on; found {num_rows}. "
                 "Take a subset, let each query see some neighbours, or train a network with a larger max_context"
             )
-        check_range(self.network.largest, data.X, data.Y)
-        if self.network.largest is not None:
+        check_range(self._asked.largest, data.X, data.Y)
+        if self._asked.largest is not None:
             # Of inputs, one column is lost; of outcomes, everything.
             found = None if self.bounds is not None else outlier(data.X)
             if found is not None:
@@ -168,7 +183,7 @@ class AmortizedModel(Model):
 
     def _scaled(self, X: Any) -> Tensor:
         scaled = super()._scaled(X)
-        largest = (self.network.largest or [math.inf])[0]
+        largest = (self._asked.largest or [math.inf])[0]
         where = None
         if outside(self.bounds, torch.as_tensor(X).detach()):
             where = "outside the bounds"
@@ -186,7 +201,7 @@ class AmortizedModel(Model):
 
     def _set_context(self, data: Data) -> None:
         # In the data's dtype, so that gradients of a float64 acquisition function are float64.
-        self._own = frozen(self.network, data.X)
+        self.__dict__["_own"] = frozen(self._asked, data.X)  # which models share, and so no submodule
         self._context = self._encode(data.X, data.Y.T.unsqueeze(-1))
 
     def _encode(self, X: Tensor, Y: Tensor) -> Context:
@@ -271,7 +286,7 @@ class AmortizedModel(Model):
                 "let each query see some neighbours"
             )
         check_bounds(self.bounds, torch.as_tensor(X))
-        check_range(self.network.largest, scaled, observed)
+        check_range(self._asked.largest, scaled, observed)
         standardised, old = observed.mT.unsqueeze(-1), self._context  # (*fantasies, *batch, m, q, 1)
         batch = standardised.shape[:-3]
         rows = torch.cat([old.X.expand(*batch, *old.X.shape[-2:]), scaled.expand(*batch, *scaled.shape[-2:])], -2)
@@ -285,7 +300,7 @@ class AmortizedModel(Model):
         return {name: getattr(self, name) for name in names}
 
     def _state(self) -> dict[str, Tensor]:
-        return dict(self.network.state_dict())
+        return dict(self._asked.state_dict())
 
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
         self.network.load_state_dict(tensors)

@@ -49,7 +49,7 @@ class PFN(AmortizedModel):
         neighbours: int | None = None,
     ) -> None:
         super().__init__(network, Histogram(), max_context, bounds, joint, neighbours)
-        if isinstance(self.network, SetClassifier):
+        if isinstance(self._asked, SetClassifier):
             raise TypeError("network must answer with histograms, found a SetClassifier: that is PFNClassifier's")
 
 

@@ -98,7 +98,8 @@ def load_pretrained(name: str) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         ValueError: if there is none of this name.
     """
-    return copy.deepcopy(shipped(name))
+    network, card = copy.deepcopy(shipped(name))
+    return network.requires_grad_(True), card
 
 
 def shipped(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -96,12 +96,18 @@ class DeepEnsemble(Configured):
         return ranks < (num_held_out if num_held_out >= MIN_HELD_OUT else 0)
 
     def continued(
-        self, target: NetworkTarget, earlier: WeightPosterior, num_before: int
+        self, target: NetworkTarget, earlier: WeightPosterior, parts: tuple[int, ...]
     ) -> tuple[DeepEnsemble, StartingAt]:
-        """A fifth of the steps (our choice), from where a run with the same seed on the first ``num_before`` rows ended."""
+        """A fifth of the steps (our choice), from where a run with the same seed on the first rows ended.
+
+        Args:
+            target: of all rows.
+            earlier: the run's result.
+            parts: how many rows came at each time until then.
+        """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings |= {"num_steps": -(-self.num_steps // 5)}
-        return _Continued(**settings, num_before=num_before), StartingAt(target, earlier.sampled)
+        return _Continued(**settings, parts=parts), StartingAt(target, earlier.sampled)
 
     def step(
         self, target: NetworkTarget, state: DeepEnsembleState, generator: torch.Generator
@@ -158,12 +164,12 @@ class _Continued(DeepEnsemble):
     what it has been trained on.
     """
 
-    num_before: int = 0
+    parts: tuple[int, ...] = ()
 
     def init(self, target: Any, generator: torch.Generator) -> DeepEnsembleState:
         """Trained members, with the anchors of a run on the first rows."""
         anchors = target.target.initial(self.num_members, generator)
-        parts = (self.num_before, len(target.data) - self.num_before)
+        parts = (*self.parts, len(target.data) - sum(self.parts))
         held_out = torch.cat([self._held_out_rows(num_rows, generator) for num_rows in parts], -1)
         parameters = target.initial(self.num_members, generator)
         score = target.data.X.new_full((self.num_members,), -torch.inf)

@@ -120,20 +120,18 @@ class MarkovChain(Configured, ABC):
         window = Window.start(point.position) if low_rank else Welford.start(point.position)
         return ChainState(point, mass, DualAveraging.start(step_size), window, torch.zeros((), dtype=torch.long))
 
-    def continued(self, target: Target, earlier: WeightPosterior, num_before: int) -> tuple[MarkovChain, Target]:
+    def continued(self, target: Target, earlier: WeightPosterior, parts: tuple[int, ...]) -> tuple[MarkovChain, Target]:
         """A shorter run from where one on fewer data ended: its last points, its draws' variance, its mean step size.
 
         Warm-up is too short to learn a mass matrix anew, and there is a fifth of the draws (our choice: of four chains, about
-        as many as a network answers with).
+        as many as a network answers with). Where an earlier run has too few draws to tell a variance, warm-up is what it was.
         """
+        few = len(earlier) < FEWEST_TO_LEARN_FROM * earlier.num_chains
         last = {name: earlier.by_chain(values)[:, -1] for name, values in earlier.sampled.items()}
-        variance = {
-            name: earlier.by_chain(values).var(1).mean(0).clamp_min(torch.finfo(values.dtype).tiny)
-            for name, values in earlier.sampled.items()
-        }
+        variance = None if few else {name: _within_chains(earlier, values) for name, values in earlier.sampled.items()}
         shorter = dataclasses.replace(
             self,
-            num_warmup=min(self.num_warmup, FEWEST_TO_LEARN_FROM - 1),
+            num_warmup=self.num_warmup if few else min(self.num_warmup, FEWEST_TO_LEARN_FROM - 1),
             num_draws=-(-self.num_draws // 5),
             initial_step_size=float(earlier.statistics["step_size"].mean()),
         )
@@ -197,6 +195,11 @@ class MarkovChain(Configured, ABC):
         position = draws["position"].transpose(0, 1).flatten(0, 1)
         warn_of_divergences(type(self).__name__, infos["diverging"], "Raise target_acceptance or num_warmup")
         return WeightPosterior(unravel(position, target.shapes()), self.num_chains, statistics=infos)
+
+
+def _within_chains(draws: WeightPosterior, values: Tensor) -> Tensor:
+    """The variance of values (S, *shape) within the chains, pooled over them."""
+    return draws.by_chain(values).var(1).mean(0).clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def warn_of_divergences(name: str, diverging: Tensor, advice: str) -> None:

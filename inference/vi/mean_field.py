@@ -93,11 +93,12 @@ class MeanField(Configured):
         return MeanFieldState(variational, adam_init(variational))
 
     def continued(
-        self, target: NetworkTarget, earlier: WeightPosterior, num_before: int
+        self, target: NetworkTarget, earlier: WeightPosterior, parts: tuple[int, ...]
     ) -> tuple[MeanField, StartingAt]:
         """A fifth of the steps (our choice), from the means and deviations of an earlier fit's draws."""
         means = {name: values.mean(0, keepdim=True) for name, values in earlier.sampled.items()}
-        variances = {name: values.var(0) for name, values in earlier.sampled.items()}
+        several = len(earlier) > 1
+        variances = {name: values.var(0) for name, values in earlier.sampled.items()} if several else None
         return dataclasses.replace(self, num_steps=-(-self.num_steps // 5)), StartingAt(target, means, variances)
 
     def step(

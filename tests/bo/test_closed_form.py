@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from botorch.acquisition.analytic import LogExpectedImprovement
+from botorch.exceptions.errors import UnsupportedError
 from botorch.optim import optimize_acqf
 from torch import nn
 
@@ -110,6 +111,17 @@ def test_under_limits_values_are_averages_over_draws(kind):
         ):
             z = (values.mean(0) - found(candidates()).exp()) / values.std(0) * math.sqrt(len(draws))
             assert float(z.abs().max()) < 4.5
+
+
+def test_far_from_a_limit_nearer_is_better():
+    model, _ = fitted("histogram", num_outputs=2)
+    function = UnderLimits(model, 0, True, [(1, ">=", 1e6)], None)
+    at = candidates().requires_grad_()
+    values = function(at)
+    gradient = torch.autograd.grad(values.sum(), at)[0]
+    assert len(values.unique()) == 5 and float(values.max()) < -700 and bool((gradient != 0).any(-1).all())
+    with pytest.raises(UnsupportedError):
+        function.set_X_pending(candidates()[:, 0])
 
 
 def test_auto_under_limits_is_the_closed_form():

@@ -68,6 +68,17 @@ def test_further_numbers_are_kept() -> None:
     returned = {"a": 1, "b": np.float32(2), 3: 4, "c": float("nan"), "d": "text"}
     assert goals.others(returned) == {"b": 2.0} and goals.others(5.0) == {}
     assert Goals.of("minimize").others({"b": 2.0}) == {}
+    with pytest.raises(ValueError, match="the objective returned a generator: say with fidelity=Fidelity"):
+        Goals.of("minimize").read(x for x in (1.0, 2.0))
+
+    class Bad:
+        def __float__(self) -> float:
+            raise ZeroDivisionError
+
+    result = minimize(
+        lambda x: {"a": x["n"], "bad": Bad()}, {"n": (1, 3)}, objectives={"a": "minimize"}, num_trials=2, num_startup=2
+    )
+    assert result.num_failed == 0  # what wasn't asked for costs no evaluation
     result = minimize(
         lambda x: {"a": x["n"], "epochs": 7}, {"n": (1, 3)}, objectives={"a": "minimize"}, num_trials=2, num_startup=2
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesnn import BNN
-from bayesnn.bo import minimize
+from bayesnn.bo import Fidelity, minimize
 from bayesnn.bo.fitters import GoingOn, fitter_of
 from bayesnn.inference import DeepEnsemble
 
@@ -46,6 +48,27 @@ def test_networks_are_fitted_from_scratch_now_and_then(fits: list[str]) -> None:
     models = [fitter(X[:n], Y[:n], n) for n in (9, 10, 11, 14, 15, 16, 22, 30)]
     assert fits == ["fit 9", "fit 10", "refit 11", "refit 14", "fit 15", "refit 16", "fit 22", "refit 30"]
     assert [len(model.train_targets) for model in models] == [9, 10, 11, 14, 15, 16, 22, 30]
+
+
+def test_outliers_that_later_rows_make_of_earlier_ones_change_no_fit_from_scratch(fits: list[str]) -> None:
+    """What is drawn in depends on all rows; of the first ones, on these alone."""
+
+    def f(x: dict[str, Any]) -> float:
+        return float(math.exp(9 * (x["x"] + x["z"])))
+
+    result = minimize(f, SPACE, surrogate=unfitted(), num_trials=14, num_startup=10, seed=0)
+    assert fits == ["fit 10", "refit 11", "refit 12", "refit 13"]
+    assert any(trial.user_attrs.get("num_drawn_in") for trial in result.study.trials)
+    fits.clear()
+
+    def yields(x: dict[str, Any]) -> Iterator[float]:
+        for epoch in range(1, 10):
+            yield x["x"] + 1 / epoch
+
+    minimize(yields, SPACE, surrogate=unfitted(), num_trials=13, num_startup=10, seed=0, fidelity=Fidelity(9))
+    assert (
+        not any(each.startswith("refit") for each in fits) and 1 <= len(fits) <= 3
+    )  # the first rows change with the curves
 
 
 def test_what_is_fitted_is_a_function_of_the_rows_alone() -> None:

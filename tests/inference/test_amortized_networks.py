@@ -312,12 +312,20 @@ def test_networks_that_ship_are_shared_and_never_changed():
     """Models of one name share a network; training goes on with a copy, and what a caller loads is the caller's own."""
     X, y = torch.linspace(-1, 1, 8)[:, None], torch.linspace(-1, 1, 8)[:, None].sin()
     first, second = PFN("gp-small").fit(X, y), PFN("gp-small").fit(X.double(), y.double())
-    assert first.network is second.network and not any(each.requires_grad for each in first.network.parameters())
+    assert first._own is not second._own and PFN("gp-small").fit(X, y)._own is first._own
+    first.to(torch.float64).requires_grad_(True)  # reaches nobody else
+    with torch.no_grad():
+        for parameter in PFN("gp-small").network.parameters():
+            assert parameter.requires_grad
+            parameter.zero_()
+    first = PFN("gp-small").fit(X, y)
+    assert not any(each.requires_grad for each in first._own.parameters())
     before = {name: value.clone() for name, value in first.network.state_dict().items()}
     expected = first.predict(X).mean
     second.meta_fit(GridGPTasks(max_features=2), MetaTraining(num_steps=1, max_context=4, num_queries=4))
     assert second.network is not first.network
     own, _ = load_pretrained("pfn-gp-small")
+    assert all(each.requires_grad for each in own.parameters())
     with torch.no_grad():
         for parameter in own.parameters():
             parameter.zero_()

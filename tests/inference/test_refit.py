@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from oracles import LinearGaussian, effective_sizes, with_intercept, z_score
@@ -44,7 +45,7 @@ def target(num_rows: int) -> NetworkTarget:
 def continued(method: Any, seed: int) -> tuple[WeightPosterior, WeightPosterior]:
     """Fits to the first rows, and from there to all."""
     first = run(method, target(NEW), seed=seed)
-    shorter, start = method.continued(target(40), first, NEW)
+    shorter, start = method.continued(target(40), first, (NEW,))
     return first, run(shorter, start, seed=seed)
 
 
@@ -102,9 +103,12 @@ def test_members_keep_their_held_out_rows() -> None:
         masks.append(state.held_out)
 
     model = BNN(method=DeepEnsemble(4, 10)).fit(X[:NEW], Y[:NEW], seed=2, callbacks=[remember])
-    model.refit(X, Y, callbacks=[remember])
-    assert torch.equal(masks[0], masks[-1][:, :NEW]) and masks[-1].shape == (4, 40)
-    assert masks[0].sum(-1).tolist() == [5] * 4 and masks[-1].sum(-1).tolist() == [5 + 3] * 4
+    between = model.refit(X[:36], Y[:36], callbacks=[remember])
+    kept = masks[-1]
+    assert torch.equal(masks[0], kept[:, :NEW]) and kept.shape == (4, 36)
+    assert masks[0].sum(-1).tolist() == [5] * 4 and kept.sum(-1).tolist() == [5 + 2] * 4
+    between.refit(X, Y, callbacks=[remember])
+    assert torch.equal(masks[-1][:, :36], kept) and not masks[-1][:, 36:].any()  # too few to hold out of
 
 
 def test_methods_that_cannot_go_on_begin_anew() -> None:
@@ -132,3 +136,31 @@ def test_what_is_refused() -> None:
     for fewer in (X[:NEW], X[:, :1]):
         with pytest.raises(ValueError, match="X must have 40 rows or more, and 2 columns, as before; found"):
             model.refit(fewer, Y[: len(fewer)])
+    with pytest.raises(ValueError, match="X must begin with the rows that this model was fitted to, in the same order"):
+        model.refit(X.flip(0), Y.flip(0))
+    with pytest.raises(ValueError, match=r"Y must have 1 column\(s\), as before; found 2"):
+        model.refit(X, torch.cat([Y, Y], -1))
+    with pytest.raises(TypeError, match="X must hold numbers"):
+        model.refit("none", Y)
+
+
+def test_units_are_those_of_the_first_fit() -> None:
+    """So that it goes on from the function that it was, though a far row has come; whatever holds the data, in any dtype."""
+    X, Y = data()
+    model = BNN(method=DeepEnsemble(2, 40)).fit(X, Y)
+    far = torch.cat([X, X.new_full((1, 2), 50.0)]), torch.cat([Y, Y.new_full((1, 1), 300.0)])
+    found = model.refit(*far)
+    assert torch.equal(found._inputs.loc, model._inputs.loc) and torch.equal(
+        found._outcomes.scale, model._outcomes.scale
+    )
+    for given in ([each.float() for each in far], [pd.DataFrame(each.numpy()) for each in far]):
+        assert model.refit(*given).predict(X).mean.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "method", [HMC(2, 30, 1), HMC(2, 30, 5), MeanField(num_steps=30, num_draws=1)], ids=["one", "five", "mean-field"]
+)
+def test_few_draws_say_nothing_of_variances(method: Any) -> None:
+    X, Y = data()
+    model = BNN(method=method).fit(X[:20], Y[:20])
+    assert model.refit(X[:30], Y[:30]).refit(X, Y).predict(X).mean.isfinite().all()
