@@ -70,9 +70,8 @@ def _check_goals(study: Study, goals: Goals) -> None:
             f"the stored study {name!r} has the directions {', '.join(found)}, not {', '.join(wanted)}: give another "
             "study_name"
         )
-    begun = (
-        "constraints" in study.user_attrs
-    )  # by this library, so that its names, or that it has none, are what was meant
+    # Begun by this library: its names, or that it has none, are what was meant.
+    begun = "constraints" in study.user_attrs
     if begun and goals.named != (study.metric_names is not None):
         raise ValueError(
             f"the stored study {name!r} has objectives {'without' if goals.named else 'with'} names: go on with these, or "
