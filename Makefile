@@ -15,8 +15,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/bayesnn demo
 
+# One process for each core: every test computes on one thread.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 # mypy and import-linter don't see that the three folders are one package, so they get an installed copy.
 lint: $(INSTALLED)
