@@ -13,7 +13,7 @@ from typing import Any
 
 import optuna
 import pytest
-from command_scripts import posix, script, wait_until
+from command_scripts import posix, script, sometimes_hanging, wait_until
 from typer.testing import CliRunner
 
 from bayesnn.bo import Space
@@ -74,24 +74,6 @@ from bayesnn.cli import app
 app()
 """
 
-# The third, fourth, seventh and eighth call hang.
-SOMETIMES_HANGING = """
-import json, os, sys, time
-folder, x, n = sys.argv[1:]
-number = 1
-while True:
-    try:
-        file = open(os.path.join(folder, str(number)), "x")
-        break
-    except FileExistsError:
-        number += 1
-json.dump({"pid": os.getpid(), "x": x, "n": n}, file)
-file.close()
-if number in (3, 4, 7, 8):
-    time.sleep(600)
-print(json.dumps({"loss": float(x) + int(n)}))
-"""
-
 
 @posix
 def test_ctrl_c_and_a_kill_lose_nothing_and_count_nothing_twice(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -100,7 +82,7 @@ def test_ctrl_c_and_a_kill_lose_nothing_and_count_nothing_twice(tmp_path: Path, 
     (tmp_path / "space.toml").write_text("x = [0.0, 1.0]\nn = [1, 9]")
     arguments = [
         *("optimize", "--space", str(tmp_path / "space.toml"), "--metric", "loss", "--workers", "2", "--trials", "6"),
-        *("--command", script(tmp_path, SOMETIMES_HANGING, f'"{calls}" {{x}} {{n}}')),
+        *("--command", script(tmp_path, sometimes_hanging(3, 4, 7, 8), f'"{calls}" {{x}} {{n}}')),
         *("--storage", str(tmp_path / "study.db")),
     ]
 

@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from command_scripts import script, sometimes_hanging, wait_until
 from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -95,13 +95,6 @@ def _unprivileged() -> dict[str, Any]:
             continue
         return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
     pytest.skip("PostgreSQL doesn't run as root, and there is no other account")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -192,33 +185,15 @@ def test_two_processes_share_a_study_and_one_is_killed(
 
 
 MAIN = "from bayesnn.cli import app; app()"
-# The third and the fourth call hang, and so does the sixth.
-SOMETIMES_HANGING = """
-import json, os, sys, time
-folder, x, n = sys.argv[1:]
-number = 1
-while True:
-    try:
-        file = open(os.path.join(folder, str(number)), "x")
-        break
-    except FileExistsError:
-        number += 1
-json.dump({"pid": os.getpid(), "x": x, "n": n}, file)
-file.close()
-if number in (3, 4):
-    time.sleep(600)
-print(json.dumps({"loss": float(x) + int(n)}))
-"""
 
 
 def test_a_run_is_killed_and_then_the_parent(server: Server, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url, calls = server.new_database("command"), tmp_path / "calls"
     calls.mkdir()
     (tmp_path / "space.toml").write_text("x = [0.0, 1.0]\nn = [1, 9]")
-    (tmp_path / "script.py").write_text(SOMETIMES_HANGING)
     arguments = [
         *(sys.executable, "-c", MAIN, "optimize", "--space", str(tmp_path / "space.toml"), "--metric", "loss"),
-        *("--command", f'"{sys.executable}" -S -I "{tmp_path / "script.py"}" "{calls}" {{x}} {{n}}'),
+        *("--command", script(tmp_path, sometimes_hanging(3, 4), f'"{calls}" {{x}} {{n}}')),
         *("--storage", url, "--logs", str(tmp_path / "logs"), "--workers", "2", "--trials", "6"),
     ]
 
