@@ -59,6 +59,10 @@ class OnCodes(BotorchModel):
             return self.model.posterior(self._features(X), *args, **kwargs)
         return self._beside(own)
 
+    def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> OnCodes:
+        """The model after observations Y, in its own units, at codes X."""
+        return OnCodes(self.model.condition_on_observations(self._features(X), Y, **kwargs), self.space)
+
     def _own(self, X: Tensor) -> Tensor | None:
         """The features that follow the shared codes; None if those don't come first."""
         if self._shared is None or X.dim() < 3 or X.shape[-2] <= len(self._shared):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bayesnn.bo.acquisition import (
     ANEW,
+    CLOSED_FORM,
     NAMES,
     OF_INFORMATION,
     WITH_LIMITS,
@@ -191,7 +192,7 @@ def propose(
                 acquisition, function = build_acquisition(acquisition, setting, q, len(pending))
             if acquisition not in OF_INFORMATION:
                 taken = space.compared(taken)
-            if acquisition in WITH_LIMITS:  # a running trial with values is among what improvements are measured from
+            if acquisition in (*WITH_LIMITS, CLOSED_FORM):  # a running trial with values is among what improvements are measured from
                 taken = taken[~seen(taken, tried)]
             if len(taken):
                 function.set_X_pending(taken)

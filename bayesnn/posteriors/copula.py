@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from bayesnn.distributions import affine
+from bayesnn.distributions import affine, from_normals
 from bayesnn.histogram import Histogram
 from bayesnn.posteriors.draws import FunctionDraws, transformed_draws
 from bayesnn.posteriors.shared_normals import SharedNormalPosterior
@@ -47,10 +47,7 @@ class Copula(SharedNormalPosterior):
     def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
         """Functions from normals of shape (*sample_shape, *batch, q, m)."""
         normals = (self.root @ base_samples.to(self.root).mT.unsqueeze(-1)).squeeze(-1).mT
-        if isinstance(self.marginals, Normal):
-            return self.marginals.loc + self.marginals.scale * normals
-        eps = torch.finfo(normals.dtype).eps
-        return self.marginals.icdf(torch.special.ndtr(normals).clamp(eps, 1 - eps))
+        return from_normals(self.marginals, normals)
 
     def affine(self, loc: Tensor, scale: Tensor) -> Copula:
         """The posterior of ``loc + scale * f``; loc and scale are (1, m)."""
