@@ -18,6 +18,7 @@ expected improvement, cdf and quantiles leave parts of the tails out; here every
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -165,8 +166,20 @@ class Histogram(Distribution):
             raise ValueError("tail_scale must be positive and finite")
         self.borders = borders.to(logits)
         self.tail_scale = scale.to(logits)
-        self.logits = logits.log_softmax(-1)
+        self._unnormalised = logits
         super().__init__(logits.shape[:-1], validate_args=validate_args)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(*batch, K) log probabilities of the buckets."""
+        return self._unnormalised.log_softmax(-1)
+
+    @staticmethod
+    def of_log_probs(borders: Tensor, log_probs: Tensor, tail_scale: Tensor) -> Histogram:
+        """The histogram of log probabilities that are normalised already, which isn't checked."""
+        found = Histogram(borders, log_probs, tail_scale, validate_args=False)
+        found.logits = log_probs
+        return found
 
     @property
     def probs(self) -> Tensor:
@@ -181,7 +194,7 @@ class Histogram(Distribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Histogram:
         """The same distribution with a larger batch shape."""
         batch = torch.Size(batch_shape)
-        return Histogram(self.borders, self.logits.expand(*batch, -1), self.tail_scale, validate_args=False)
+        return Histogram.of_log_probs(self.borders, self.logits.expand(*batch, -1), self.tail_scale)
 
     def affine(self, loc: Tensor | float, scale: Tensor | float) -> Histogram:
         """The distribution of ``loc + scale * V``: the same probabilities over moved borders.
@@ -194,8 +207,8 @@ class Histogram(Distribution):
         borders = loc[..., None] + scale[..., None] * self.borders
         tails = scale.abs()[..., None] * self.tail_scale
         if bool((scale < 0).all()):
-            return Histogram(borders.flip(-1), self.logits.flip(-1), tails.flip(-1), validate_args=False)
-        return Histogram(borders, self.logits, tails, validate_args=False)
+            return Histogram.of_log_probs(borders.flip(-1), self.logits.flip(-1), tails.flip(-1))
+        return Histogram.of_log_probs(borders, self.logits, tails)
 
     # -- moments -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bayesnn.bo.closed_form import Marginals
 from bayesnn.bo.gaussian_model import GaussianModel
-from bayesnn.bo.improvement import LogExpectedImprovement
+from bayesnn.bo.improvement import FANTASIES, LogExpectedImprovement
 from bayesnn.bo.knowledge_gradient import KnowledgeGradient
 from bayesnn.bo.limited import LogNoisyExpectedHypervolumeImprovement, LogNoisyExpectedImprovement, LogNParEGO
 from bayesnn.bo.optimise import ENUMERABLE, new_codes
@@ -128,17 +128,19 @@ def _closed_form(setting: Setting, num_more: int) -> AcquisitionFunction | None:
 
     A PFN's joint posterior over all tried codes costs a hundred times more than these values.
     """
-    model, some = setting.model, setting.tried[:1]
+    model, some, num_fantasies = setting.model, setting.tried[:1], FANTASIES
     with torch.no_grad():
         posterior: Any = model.posterior(some)
         if not isinstance(getattr(posterior, "marginals", None), Marginals):
             return None
         if num_more:
             try:
-                model.condition_on_observations(some.expand(num_more, -1), posterior.mean.expand(num_more, -1))
+                mean = posterior.mean
+                given = model.condition_on_observations(some.expand(num_more, -1), mean.expand(num_more, -1))
             except (NotImplementedError, TypeError, ValueError):  # such as a network's context that is full
                 return None
-    return LogExpectedImprovement(model, setting.tried, setting.outcomes, seed=setting.seed)
+            num_fantasies = 1 if getattr(given, "answers_locally", False) else FANTASIES
+    return LogExpectedImprovement(model, setting.tried, setting.outcomes, num_fantasies, setting.seed)
 
 
 class _AtTried(NamedTuple):

@@ -44,6 +44,11 @@ class OnCodes(BotorchModel):
     def draws_are_functions(self) -> bool:
         return draws_are_functions(self.model)
 
+    @property
+    def answers_locally(self) -> bool:
+        """Whether each query has a context of its own, so that several contexts cost several times as much."""
+        return bool(getattr(self.model, "answers_locally", False))
+
     def share(self, codes: Tensor) -> None:
         """Compute what concerns these codes (k, d) once, where :meth:`posterior` finds them first in each of several batches.
 

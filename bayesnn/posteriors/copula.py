@@ -29,7 +29,10 @@ class Copula(SharedNormalPosterior):
 
     def __init__(self, marginals: Distribution, root: Tensor | Callable[[], Tensor]) -> None:
         self.marginals, self._root = marginals, root
-        self._mean_like = marginals.mean
+
+    @cached_property
+    def _mean_like(self) -> Tensor:  # type: ignore[override]
+        return self.marginals.mean
 
     @cached_property
     def root(self) -> Tensor:
@@ -69,7 +72,7 @@ def of_outputs(marginals: Distribution, indices: list[int]) -> Distribution:
     own: Any = marginals
     borders = own.borders if own.borders.dim() == 1 else own.borders[..., indices, :]
     tails = own.tail_scale if own.tail_scale.dim() == 1 else own.tail_scale[..., indices, :]
-    return Histogram(borders, own.logits[..., indices, :], tails, validate_args=False)
+    return Histogram.of_log_probs(borders, own.logits[..., indices, :], tails)
 
 
 def correlation_root(correlation: Tensor) -> Tensor:
