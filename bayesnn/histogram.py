@@ -203,7 +203,7 @@ class Histogram(Distribution):
             loc: a number, or a tensor that broadcasts against the batch shape.
             scale: likewise; not zero. A negative one turns the histogram around (then it must be one sign throughout).
         """
-        loc, scale = (torch.as_tensor(value).to(self.logits) for value in (loc, scale))
+        loc, scale = (self._like_logits(value) for value in (loc, scale))
         borders = loc[..., None] + scale[..., None] * self.borders
         tails = scale.abs()[..., None] * self.tail_scale
         if bool((scale < 0).all()):
@@ -245,7 +245,7 @@ class Histogram(Distribution):
 
     def expected_improvement(self, best: Tensor | float) -> Tensor:
         """:math:`E[\\max(V - \\mathrm{best}, 0)]` in closed form, tails included; (*batch,) broadcast with ``best``."""
-        best = torch.as_tensor(best).to(self.logits)
+        best = self._like_logits(best)
         level = best[..., None]
         left, right = self.borders[..., 1:-2], self.borders[..., 2:-1]
         start = torch.maximum(torch.minimum(level, right), left)
@@ -259,7 +259,7 @@ class Histogram(Distribution):
 
     def probability_of_improvement(self, best: Tensor | float) -> Tensor:
         """:math:`P(V > \\mathrm{best})`, tails included; (*batch,) broadcast with ``best``."""
-        best = _broadcast(torch.as_tensor(best).to(self.logits), self.batch_shape)
+        best = _broadcast(self._like_logits(best), self.batch_shape)
         # That of the mirror image below -best: one minus the cdf has no digits left where little is above.
         return self.affine(0.0, -1.0).cdf(-best)
 
@@ -315,7 +315,7 @@ class Histogram(Distribution):
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile at probability ``value`` in (0, 1), (*sample, *batch); differentiable in it and the logits."""
-        value = _broadcast(torch.as_tensor(value).to(self.logits), self.batch_shape)
+        value = _broadcast(self._like_logits(value), self.batch_shape)
         probs = self.probs
         cumulative = probs.cumsum(-1)
         index = _search(cumulative[..., :-1].detach().contiguous(), value.detach(), right=True)
@@ -341,6 +341,10 @@ class Histogram(Distribution):
         """(*sample, *batch) draws."""
         with torch.no_grad():
             return self.rsample(sample_shape, generator)
+
+    def _like_logits(self, value: Tensor | float) -> Tensor:
+        # A number must not pass through the default dtype, which may have fewer digits.
+        return torch.as_tensor(value, dtype=self.logits.dtype, device=self.logits.device)
 
     def _locate(self, value: Tensor) -> tuple[Tensor, Tensor]:
         value = _broadcast(value.to(self.logits), self.batch_shape)

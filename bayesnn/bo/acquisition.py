@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bayesnn.bo.closed_form import Marginals
 from bayesnn.bo.gaussian_model import GaussianModel
-from bayesnn.bo.improvement import FANTASIES, LogExpectedImprovement
+from bayesnn.bo.improvement import FANTASIES, MarginalImprovement
 from bayesnn.bo.knowledge_gradient import KnowledgeGradient
 from bayesnn.bo.limited import LogNoisyExpectedHypervolumeImprovement, LogNoisyExpectedImprovement, LogNParEGO
 from bayesnn.bo.optimise import ENUMERABLE, new_codes
@@ -140,7 +140,7 @@ def _closed_form(setting: Setting, num_more: int) -> AcquisitionFunction | None:
             except (NotImplementedError, TypeError, ValueError):  # such as a network's context that is full
                 return None
             num_fantasies = 1 if getattr(given, "answers_locally", False) else FANTASIES
-    return LogExpectedImprovement(model, setting.tried, setting.outcomes, num_fantasies, setting.seed)
+    return MarginalImprovement(model, setting.tried, setting.outcomes, num_fantasies, setting.seed)
 
 
 class _AtTried(NamedTuple):

@@ -23,7 +23,7 @@ from bayesnn.posteriors.copula import of_outputs
 FANTASIES = 16
 
 
-class LogExpectedImprovement(AcquisitionFunction):
+class MarginalImprovement(AcquisitionFunction):
     r"""The log expected improvement over the best mean, under limits, averaged over fantasies of what is pending.
 
     .. math:: \log \frac1S \sum_s E[\max(f(x) - b_s, 0) \mid D_s] \prod_j P(g_j(x) \text{ keeps its limit} \mid D_s),

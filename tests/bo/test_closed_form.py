@@ -12,7 +12,7 @@ from torch import nn
 from bayesnn import NNGP, PFN, ConditionalNeuralProcess
 from bayesnn.bo import ClosedForm, Space, log_expected_improvement, probability_of_improvement, quantile
 from bayesnn.bo.acquisition import Setting, acquisition
-from bayesnn.bo.improvement import LogExpectedImprovement, log_feasible_improvement
+from bayesnn.bo.improvement import MarginalImprovement, log_feasible_improvement
 from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.outcomes import outcomes_of
 from bayesnn.histogram import prior_borders
@@ -119,7 +119,7 @@ def test_under_limits_values_are_averages_over_draws(kind):
 
 def test_far_from_a_limit_nearer_is_better():
     model, _ = fitted("histogram", num_outputs=2)
-    function = LogExpectedImprovement(model, candidates().squeeze(1), outcomes_of(2, "maximize", {1: (">=", 1e6)}))
+    function = MarginalImprovement(model, candidates().squeeze(1), outcomes_of(2, "maximize", {1: (">=", 1e6)}))
     at = candidates().requires_grad_()
     values = function(at)
     gradient = torch.autograd.grad(values.sum(), at)[0]

@@ -15,7 +15,7 @@ from bayesnn import PFN, ConditionalNeuralProcess
 from bayesnn.bo import ClosedForm, Space, log_expected_improvement, suggest
 from bayesnn.bo.acquisition import Setting, acquisition
 from bayesnn.bo.fantasies import fantasised
-from bayesnn.bo.improvement import FANTASIES, LogExpectedImprovement, best_mean
+from bayesnn.bo.improvement import FANTASIES, MarginalImprovement, best_mean
 from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.outcomes import outcomes_of
 from bayesnn.posteriors import Copula
@@ -96,7 +96,7 @@ def test_it_is_the_average_over_what_may_be_observed(sign: int, limited: bool) -
     """Of one pending observation, or of an objective's and a limited outcome's at one place, by the midpoint rule."""
     limit = 29.0
     outcomes = outcomes_of(1 + limited, "maximize" if sign > 0 else "minimize", {1: ("<=", limit)} if limited else {})
-    function = LogExpectedImprovement(process(1 + limited), X, outcomes, 4096, seed=1)
+    function = MarginalImprovement(process(1 + limited), X, outcomes, 4096, seed=1)
     without = function(GRID.unsqueeze(-2)).exp()
     pending = GRID[without.argmax()][None] + 0.01
     function.set_X_pending(pending)
@@ -123,7 +123,7 @@ def test_it_is_the_average_over_what_may_be_observed(sign: int, limited: bool) -
     exact = (improvement * weight).mean((0, 1))
     found = function(GRID.unsqueeze(-2)).exp()
     torch.testing.assert_close(found, exact, rtol=0.03 if limited else 2e-3, atol=1e-3 * float(exact.max()))
-    believer = LogExpectedImprovement(process(1 + limited), X, outcomes, num_fantasies=1)
+    believer = MarginalImprovement(process(1 + limited), X, outcomes, num_fantasies=1)
     believer.set_X_pending(pending)
     for other in (without, believer(GRID.unsqueeze(-2)).exp()):  # which is far from it
         assert float((other - exact).abs().max()) > 0.05 * float(exact.max())
@@ -134,7 +134,7 @@ def test_few_fantasies_are_near_the_average() -> None:
     pending = torch.tensor([[0.15], [0.55], [0.85]], dtype=torch.float64)
     values = []
     for num_fantasies in (FANTASIES, 4096):
-        function = LogExpectedImprovement(process(), X, outcomes_of(1, "maximize"), num_fantasies, seed=0)
+        function = MarginalImprovement(process(), X, outcomes_of(1, "maximize"), num_fantasies, seed=0)
         function.set_X_pending(pending)
         values.append(function(GRID.unsqueeze(-2)).exp())
     torch.testing.assert_close(values[0], values[1], rtol=0, atol=0.1 * float(values[1].max()))
@@ -170,7 +170,7 @@ def test_contexts_at_once_answer_like_each_alone(kind: str) -> None:
     """Under limits, with two pending configurations: fantasy by fantasy, in the model's own units."""
     model, pending = fitted(kind, 2), torch.tensor([[0.5], [0.8]], dtype=torch.float64)
     outcomes = outcomes_of(2, "minimize", {1: (">=", 28.0)})
-    function = LogExpectedImprovement(OnCodes(model, LINE), X, outcomes, 4, seed=2)
+    function = MarginalImprovement(OnCodes(model, LINE), X, outcomes, 4, seed=2)
     function.set_X_pending(pending)
     context = fantasised(model, pending, 4, seed=2)._context  # type: ignore[union-attr]
     fantasies = model._outcomes.loc + model._outcomes.scale * context.Y[..., len(X) :, 0].mT
@@ -187,7 +187,7 @@ def test_contexts_at_once_answer_like_each_alone(kind: str) -> None:
 
 
 def test_candidates_know_nothing_of_each_other() -> None:
-    function = LogExpectedImprovement(fitted("histogram"), X, outcomes_of(1, "minimize"), 4)
+    function = MarginalImprovement(fitted("histogram"), X, outcomes_of(1, "minimize"), 4)
     function.set_X_pending(GRID[3:5])
     together = function(GRID.unsqueeze(-2))
     order = torch.randperm(len(GRID), generator=torch.Generator().manual_seed(0))
@@ -209,7 +209,7 @@ def test_units_of_the_objective_change_nothing() -> None:
     for scale in (1.0, 1000.0):
         model = PFN("bo", bounds=(0.0, 1.0)).fit(X, 5 + scale * wave(X))
         outcomes = outcomes_of(2, "minimize", {1: ("<=", 5 + scale * 30)})
-        function = LogExpectedImprovement(model, X, outcomes)
+        function = MarginalImprovement(model, X, outcomes)
         function.set_X_pending(GRID[3:5])
         values.append(function(GRID.unsqueeze(-2)) - math.log(scale))
     torch.testing.assert_close(*values, atol=1e-4, rtol=0)
