@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bayesnn.bo.closed_form import Marginals
 from bayesnn.bo.gaussian_model import GaussianModel
-from bayesnn.bo.improvement import FANTASIES, MarginalImprovement
+from bayesnn.bo.improvement import MarginalImprovement
 from bayesnn.bo.knowledge_gradient import KnowledgeGradient
 from bayesnn.bo.limited import LogNoisyExpectedHypervolumeImprovement, LogNoisyExpectedImprovement, LogNParEGO
 from bayesnn.bo.optimise import ENUMERABLE, new_codes
@@ -128,7 +128,7 @@ def _closed_form(setting: Setting, num_more: int) -> AcquisitionFunction | None:
 
     A PFN's joint posterior over all tried codes costs a hundred times more than these values.
     """
-    model, some, num_fantasies = setting.model, setting.tried[:1], FANTASIES
+    model, some, num_fantasies = setting.model, setting.tried[:1], None
     with torch.no_grad():
         posterior: Any = model.posterior(some)
         if not isinstance(getattr(posterior, "marginals", None), Marginals):
@@ -139,7 +139,7 @@ def _closed_form(setting: Setting, num_more: int) -> AcquisitionFunction | None:
                 given = model.condition_on_observations(some.expand(num_more, -1), mean.expand(num_more, -1))
             except (NotImplementedError, TypeError, ValueError):  # such as a network's context that is full
                 return None
-            num_fantasies = 1 if getattr(given, "answers_locally", False) else FANTASIES
+            num_fantasies = 1 if getattr(given, "answers_locally", False) else None
     return MarginalImprovement(model, setting.tried, setting.outcomes, num_fantasies, setting.seed)
 
 

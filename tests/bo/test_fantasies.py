@@ -15,7 +15,7 @@ from bayesnn import PFN, ConditionalNeuralProcess
 from bayesnn.bo import ClosedForm, Space, log_expected_improvement, suggest
 from bayesnn.bo.acquisition import Setting, acquisition
 from bayesnn.bo.fantasies import fantasised
-from bayesnn.bo.improvement import FANTASIES, MarginalImprovement, best_mean
+from bayesnn.bo.improvement import MarginalImprovement, best_mean
 from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.outcomes import outcomes_of
 from bayesnn.posteriors import Copula
@@ -133,7 +133,7 @@ def test_few_fantasies_are_near_the_average() -> None:
     """Of three pending configurations, as many as a batch of four has: the default against 4096."""
     pending = torch.tensor([[0.15], [0.55], [0.85]], dtype=torch.float64)
     values = []
-    for num_fantasies in (FANTASIES, 4096):
+    for num_fantasies in (None, 4096):
         function = MarginalImprovement(process(), X, outcomes_of(1, "maximize"), num_fantasies, seed=0)
         function.set_X_pending(pending)
         values.append(function(GRID.unsqueeze(-2)).exp())
@@ -243,11 +243,12 @@ def test_a_context_that_is_full_is_asked_for_joint_draws() -> None:
 
 def test_where_each_query_has_a_context_of_its_own_one_fantasy_must_do() -> None:
     outcomes = outcomes_of(1, "minimize")
-    for neighbours, expected in ((5, 1), (6, FANTASIES)):
+    for neighbours, expected in ((5, 1), (6, 4)):
         model = fitted("histogram", neighbours=neighbours)
         name, function = acquisition("auto", setting(model, outcomes), 1, 1)
-        assert name == "closed-form logei" and function.num_fantasies == expected
+        assert name == "closed-form logei"
         before = function(GRID.unsqueeze(-2))
         function.set_X_pending(GRID[12:13])
+        assert function.given.batch_shape == (expected,)
         after = function(GRID.unsqueeze(-2))
         assert bool(after.isfinite().all()) and float(after[12]) < float(before[12])
