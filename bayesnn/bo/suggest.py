@@ -82,9 +82,10 @@ def suggest(
 
     For several: "lognehvi", the hypervolume that the Pareto front gains, and "lognparego", "lognei" of the objectives'
     augmented Chebyshev mixtures, with other weights for each suggestion. "auto" is "lognei" or "lognehvi"; for one
-    configuration of a model whose marginals are known in closed form (PFNs, neural processes) it is the expected improvement
-    over the best mean, exactly. Expectations are over joint draws of f, so they are right for every posterior of this library
-    and for any BoTorch model. Changing the units of the objective changes nothing.
+    objective of a model whose marginals are known in closed form (PFNs, neural processes) it is the expected improvement over
+    the best mean, exactly. Beside pending configurations and in batches that is averaged over fantasies of what they will
+    give (8 at most), as long as the model can take in so many more observations. All other expectations are over joint draws
+    of f, so they are right for every posterior of this library and for any BoTorch model. Changing the units of the objective changes nothing.
 
     Args:
         model: a model fitted to ``space.features(configurations)``, one row each, and the outcomes.
@@ -121,7 +122,8 @@ def suggest(
 
     Source: Ament et al. (2023), "Unexpected improvements to expected improvement"; Daulton et al. (2021), "Parallel
     Bayesian optimization of multiple noisy objectives"; Moss et al. (2021), "GIBBON"; Frazier et al. (2009), "The
-    knowledge-gradient policy for correlated normal beliefs"; Knowles (2006), "ParEGO".
+    knowledge-gradient policy for correlated normal beliefs"; Knowles (2006), "ParEGO"; Snoek, Larochelle
+    and Adams (2012), "Practical Bayesian optimization of machine learning algorithms".
     """
     if not isinstance(model, BotorchModel):
         raise TypeError(f"model must be a fitted BoTorch model, found {type(model).__name__}")
@@ -192,7 +194,10 @@ def propose(
                 acquisition, function = build_acquisition(acquisition, setting, q, len(pending))
             if acquisition not in OF_INFORMATION:
                 taken = space.compared(taken)
-            if acquisition in (*WITH_LIMITS, CLOSED_FORM):  # a running trial with values is among what improvements are measured from
+            if acquisition in (
+                *WITH_LIMITS,
+                CLOSED_FORM,
+            ):  # a running trial with values is among what improvements are measured from
                 taken = taken[~seen(taken, tried)]
             if len(taken):
                 function.set_X_pending(taken)

@@ -86,7 +86,8 @@ def test_fantasies_have_the_observations_joint_law(num_outputs: int) -> None:
         across = (Y[..., 0] - mean[:, 0]).mT @ (Y[..., 1] - mean[:, 1]) / 1024
         assert float(across.abs().max()) < 0.03 * float(covariance.max())
     torch.testing.assert_close(
-        fantasised(process(), pending[:1], 1, 0).Y[0, -1], mean[0, :1]  # type: ignore[attr-defined]
+        fantasised(process(), pending[:1], 1, 0).Y[0, -1],
+        mean[0, :1],  # type: ignore[attr-defined]
     )
 
 
@@ -237,8 +238,8 @@ def test_a_context_that_is_full_is_asked_for_joint_draws() -> None:
         found = [acquisition("auto", setting(model, outcomes), q, k)[0] for q, k in ((1, 0), (2, 0), (1, 1), (2, 1))]
         assert found == expected
     assert acquisition("auto", setting(fitted("histogram", 2).subset_output([0]), outcomes), 2, 0)[0] == draws
-    options: Any = {"num_restarts": 1, "raw_samples": 8, "num_samples": 8}
-    assert len(suggest(fitted("histogram", max_context=6), LINE, 3, **options)) == 3
+    options: Any = {"num_restarts": 1, "raw_samples": 8, "num_samples": 8, "pending": LINE.configurations(GRID[:2])}
+    assert 0 <= suggest(fitted("histogram", max_context=6), LINE, **options)[0]["x"] <= 1
 
 
 def test_where_each_query_has_a_context_of_its_own_one_fantasy_must_do() -> None:
