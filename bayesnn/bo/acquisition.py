@@ -37,6 +37,8 @@ FOR_SEVERAL = ("lognehvi", "lognparego")
 WITH_LIMITS = ("lognei", "lognehvi", "lognparego")
 CLOSED_FORM = "closed-form logei"
 """What "auto" is for one objective of a model whose marginals are known in closed form."""
+FROM_TRIED = (*WITH_LIMITS, CLOSED_FORM)
+"""They measure improvements from the tried configurations and the pending ones."""
 OF_ANY_DRAWS = ("logei", "lognei", "ucb", "lognparego")
 """Right for posteriors whose draws depend on all the points asked for: they compare values of one call only."""
 ANEW = ("thompson", "lognparego")

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from bayesnn.bo.acquisition import (
     ANEW,
-    CLOSED_FORM,
     NAMES,
+    FROM_TRIED,
     OF_INFORMATION,
-    WITH_LIMITS,
     Name,
     Setting,
     acquisition as build_acquisition,
@@ -85,7 +84,8 @@ def suggest(
     objective of a model whose marginals are known in closed form (PFNs, neural processes) it is the expected improvement over
     the best mean, exactly. Beside pending configurations and in batches that is averaged over fantasies of what they will
     give (8 at most), as long as the model can take in so many more observations. All other expectations are over joint draws
-    of f, so they are right for every posterior of this library and for any BoTorch model. Changing the units of the objective changes nothing.
+    of f, so they are right for every posterior of this library and for any BoTorch model. Changing the units of the objective
+    changes nothing.
 
     Args:
         model: a model fitted to ``space.features(configurations)``, one row each, and the outcomes.
@@ -194,10 +194,7 @@ def propose(
                 acquisition, function = build_acquisition(acquisition, setting, q, len(pending))
             if acquisition not in OF_INFORMATION:
                 taken = space.compared(taken)
-            if acquisition in (
-                *WITH_LIMITS,
-                CLOSED_FORM,
-            ):  # a running trial with values is among what improvements are measured from
+            if acquisition in FROM_TRIED:  # among which are running trials with values
                 taken = taken[~seen(taken, tried)]
             if len(taken):
                 function.set_X_pending(taken)

@@ -65,7 +65,7 @@ class Copula(SharedNormalPosterior):
         return transformed_draws(self, transform, X)
 
 
-def of_outputs(marginals: Distribution, indices: list[int]) -> Distribution:
+def of_outputs(marginals: Distribution, indices: list[int]) -> Histogram | Normal:
     """Those of a Histogram or Normal of batch shape (*batch, q, m) that belong to some of the outputs."""
     if isinstance(marginals, Normal):
         return Normal(marginals.loc[..., indices], marginals.scale[..., indices])

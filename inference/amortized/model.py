@@ -263,7 +263,7 @@ class AmortizedModel(Model):
 
     @property
     def answers_locally(self) -> bool:
-        """Whether each query has a context of its own, its nearest rows: that costs as much as many queries of a common one."""
+        """Whether each query has a context of its own, its nearest rows: many queries of a common one cost no more."""
         return self._context.cache is None
 
     def draw_functions(self, num_draws: int, seed: int = 0) -> FunctionDraw:
