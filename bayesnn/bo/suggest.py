@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bayesnn.bo.acquisition import (
     ANEW,
-    NAMES,
     FROM_TRIED,
+    NAMES,
     OF_INFORMATION,
     Name,
     Setting,
