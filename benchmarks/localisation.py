@@ -3,8 +3,8 @@ r"""Why a prior-data fitted network should look at near rows only: squared bias 
     python benchmarks/localisation.py [--quick]
 
 A network answers with the posterior predictive under its prior, whatever the truth. Here the truth lies outside:
-functions with a kink and with a jump,
-:math:`|\sin 3x|` and a step, on inputs uniform over (-1.7, 1.7), noise of standard deviation 0.2. For
+functions with a kink, with a jump and with fast waves,
+:math:`|\sin 3x|`, a step and :math:`\sin 12 x`, on inputs uniform over (-1.7, 1.7), noise of standard deviation 0.2. For
 each number of rows n, many data sets are drawn; the prediction's mean at 64 queries is compared with the truth: its squared
 bias (of the mean over data sets, corrected for its own variance) and its variance, both averaged over queries. ``all rows``
 is the shipped "gp-small", beyond the 100 rows that it was trained on too; ``localised`` restricts it to the
@@ -33,6 +33,7 @@ SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 TRUTHS: dict[str, Callable[[Tensor], Tensor]] = {
     "kink": lambda x: (3 * x).sin().abs(),
     "jump": lambda x: (x > 0.4).to(x),
+    "waves": lambda x: (12 * x).sin(),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from botorch.models import SingleTaskGP
+from gpytorch.settings import lazily_evaluate_kernels
 from torch import Tensor
 
 
@@ -116,7 +117,8 @@ class PriorOf:
         """Of each row with each, (*batch, m, n, k)."""
         same = first is second  # kernels know their diagonals best
         first = first.unsqueeze(-3)
-        return self.kernel(first, first if same else second.unsqueeze(-3)).to_dense()
+        with lazily_evaluate_kernels(False):  # what is asked for is needed, and GPyTorch's putting it off costs as much
+            return self.kernel(first, first if same else second.unsqueeze(-3)).to_dense()
 
     def variance(self, X: Tensor) -> Tensor:
         """Of each row, (*batch, m, n)."""

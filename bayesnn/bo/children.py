@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
@@ -16,7 +16,11 @@ from joblib.externals.loky.process_executor import ShutdownExecutorError
 from optuna.trial import Trial
 
 from bayesnn.bo.attempt import Attempt, Call, Returned, call_once
+from bayesnn.bo.fidelity import Fidelity
+from bayesnn.bo.follow import follow
 from bayesnn.bo.space import Configuration
+
+Curve = Generator[Any, None, None]
 
 
 class Child:
@@ -42,8 +46,16 @@ class Child:
             self.kill()
             raise unsendable(error) from error
 
-    def __call__(self, call: Call, x: Configuration, seconds: float | None) -> Attempt:
+    def __call__(
+        self, call: Call, x: Configuration, seconds: float | None, follow: Callable[[Curve], Any] | None = None
+    ) -> Attempt:
         """Call the function there; a call that takes longer than so many seconds is killed, and has failed.
+
+        Args:
+            call: the function.
+            x: its argument.
+            seconds: None: no limit.
+            follow: what a function that yields has returned, from its values as they come.
 
         Raises:
             BrokenExecutor: if the process dies.
@@ -53,7 +65,15 @@ class Child:
             # What it takes to begin a process isn't the function's time.
             pool.submit(_ARRIVES, call.f, call.catch).result()
             start = time.perf_counter()
-            found = pool.submit(call_once, call.f, x, call.catch, False).result(seconds)
+
+            def ask(f: Any) -> Returned:
+                left = None if seconds is None else max(0.0, start + seconds - time.perf_counter())
+                return Returned(*pool.submit(call_once, f, x, call.catch, False).result(left))
+
+            if follow is None:
+                found = ask(call.f)
+            else:
+                found = _followed(ask, call.f, follow)._replace(seconds=time.perf_counter() - start)
         except TimeoutError:
             self.kill()
             return Attempt(None, time.perf_counter() - start, f"it took longer than {seconds:g} seconds")
@@ -63,7 +83,7 @@ class Child:
         except Exception as error:
             reason = f"what the objective returned can't be sent between processes: {_reason(error)}"
             return Attempt(None, time.perf_counter() - start, reason)
-        return call.understand(Returned(*found))
+        return call.understand(found)
 
     def stop(self) -> None:
         """Kill the process, and begin no other."""
@@ -85,6 +105,38 @@ class Child:
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(1, initializer=_END_WITH, initargs=(os.getpid(),))
             return self._pool
+
+
+class _StepFailedError(Exception):
+    """A function that yields has failed on the way, over there."""
+
+
+def _followed(ask: Callable[[Any], Returned], f: Any, follow: Callable[[Curve], Any]) -> Returned:
+    """What a function has returned that may yield, one call for each value."""
+    first = ask(_BEGIN(f))
+    if first.failure is not None or first.value[0] == "returned":
+        return first if first.failure is not None else first._replace(value=first.value[1])
+    failed: list[Returned] = []
+
+    def curve() -> Curve:
+        try:
+            while (drawn := ask(_DRAW)).failure is None and drawn.value:
+                yield drawn.value[0]
+        except GeneratorExit:
+            ask(_CLOSE)
+            raise
+        if drawn.failure is not None:
+            failed.append(drawn)
+            raise _StepFailedError
+
+    try:
+        return first._replace(value=follow(curve()))
+    except _StepFailedError:
+        return failed[0]
+    except (TimeoutError, BrokenExecutor, ShutdownExecutorError):
+        raise
+    except Exception as error:  # its trial may have been taken for dead, and queued again
+        return first._replace(value=None, failure=f"{type(error).__name__}: {error}")
 
 
 def unsendable(error: Exception) -> TypeError:
@@ -124,6 +176,42 @@ def _sent() -> tuple[Callable[..., None], Callable[[int], None]]:
 _ARRIVES, _END_WITH = _sent()
 
 
+def _steps() -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]:
+    """Three functions for one that yields, which stays where it is between calls; nested so that they travel by value."""
+
+    def kept() -> Any:
+        import sys
+        import types
+
+        return sys.modules.setdefault("_bayesnn_curve", types.ModuleType("_bayesnn_curve"))
+
+    def begin(f: Any) -> Any:
+        def call(x: Any) -> tuple[str, Any]:
+            from collections.abc import Generator
+
+            value = f(x)
+            if not isinstance(value, Generator):
+                return "returned", value
+            kept().curve = value
+            return "yields", None
+
+        return call
+
+    def draw(x: Any) -> tuple[Any, ...]:
+        """One value, or nothing when there are no more."""
+        for value in kept().curve:
+            return (value,)
+        return ()
+
+    def close(x: Any) -> None:
+        kept().curve.close()
+
+    return begin, draw, close
+
+
+_BEGIN, _DRAW, _CLOSE = _steps()
+
+
 class Children:
     """Evaluates in processes of this machine, one for each worker.
 
@@ -131,10 +219,13 @@ class Children:
         call: the objective function.
         num_workers: how many at once.
         timeout: seconds after which an evaluation is killed.
+        fidelity: of a function that yields.
     """
 
-    def __init__(self, call: Call, num_workers: int, timeout: float | None = None) -> None:
-        self.call, self.num_workers, self.timeout = call, num_workers, timeout
+    def __init__(
+        self, call: Call, num_workers: int, timeout: float | None = None, fidelity: Fidelity | None = None
+    ) -> None:
+        self.call, self.num_workers, self.timeout, self.fidelity = call, num_workers, timeout, fidelity
         self._children = [Child() for _ in range(num_workers)]
         self._idle: SimpleQueue[Child] = SimpleQueue()
         for child in self._children:
@@ -147,12 +238,13 @@ class Children:
 
     def submit(self, x: Configuration, trial: Trial) -> Future[Attempt]:
         """Evaluate a configuration."""
-        return self._threads.submit(self._run, x)
+        return self._threads.submit(self._run, x, trial)
 
-    def _run(self, x: Configuration) -> Attempt:
-        child = self._idle.get()
+    def _run(self, x: Configuration, trial: Trial) -> Attempt:
+        child, fidelity = self._idle.get(), self.fidelity
+        following = None if fidelity is None else lambda curve: follow(curve, trial, fidelity, self.call.goals)
         try:
-            return child(self.call, x, self.timeout)
+            return child(self.call, x, self.timeout, following)
         finally:
             self._idle.put(child)
 

@@ -73,7 +73,7 @@ def minimize(
         fidelity: for an f that yields its value after each unit of resource, how many there are, and when it is asked no
             more: ``Fidelity(max_resource=81)``. The last value of those that get to their end is what counts. Evaluations
             that are ended early are trials, too; what they yielded is modelled, see :class:`SurrogateSampler`. For one
-            objective, and one evaluation at once (several processes may share a study).
+            objective, in this process or ``num_workers`` of this machine (others may share the study).
         surrogate: a name among ``bayesnn.surrogates()``, "auto" for the one of several that predicts best, an unfitted
             model, or a function from features and values to a fitted BoTorch model.
         acquisition, reference_point: as in :func:`suggest`.
@@ -226,16 +226,15 @@ def _workers(
     if timeout is not None:
         positive("evaluation_timeout", timeout)
     if fidelity is not None:
-        if num_workers not in (None, 1) or executor is not None or timeout is not None:
+        if executor is not None:
             raise ValueError(
-                "fidelity follows evaluations in this thread, without num_workers, executor and evaluation_timeout: to run "
-                "several at once, make the same call in several processes, with one storage"
+                "fidelity follows evaluations on this machine, without executor: to run several at once, give num_workers, or "
+                "make the same call on several machines, with one storage"
             )
         if len(call.goals.directions) > 1:
             raise ValueError(f"fidelity is for one objective, found {', '.join(call.goals.directions)}")
-        return Here(call, fidelity)
     if executor is not None:
         return OnExecutor(call, executor, num_workers, timeout)
     if num_workers in (None, 1) and timeout is None:
-        return Here(call)
-    return Children(call, num_workers or 1, timeout)
+        return Here(call, fidelity)
+    return Children(call, num_workers or 1, timeout, fidelity)

@@ -13,9 +13,9 @@ from gpytorch.priors import LogNormalPrior
 
 from bayesnn.checks import check_fields, count
 from bayesnn.configured import Configured
-from bayesnn.processes.architectures import fourier_mlp
 from bayesnn.processes.dual_activations import DualActivation, dual_activation
 from bayesnn.processes.kernels.infinite_width import NNGPKernel
+from bayesnn.processes.kernels.stationary import FourierNNGPKernel
 
 KernelFactory = Callable[[int, torch.Size], Kernel]
 """From the number of features and the batch shape to a kernel."""
@@ -119,15 +119,13 @@ class FourierKernel(Configured):
 
     def __call__(self, num_features: int, batch_shape: torch.Size) -> NNGPKernel:
         """The kernel; one lengthscale for each feature is all that is learned."""
-        kernel = NNGPKernel(
-            architecture=fourier_mlp(self.depth, self.activation),
+        return FourierNNGPKernel(
+            self.depth,
+            self.activation,
             ard_num_dims=num_features,
             batch_shape=batch_shape,
             lengthscale_prior=LogNormalPrior(0.8, 1.0),
         )
-        for parameter in (kernel.raw_weight_var, kernel.raw_bias_var):
-            parameter.requires_grad_(False)
-        return kernel
 
 
 def for_searches(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def test_a_process_killed_in_the_middle_of_a_curve_loses_nothing(tmp_path: Path)
     assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.trials) == 6
 
 
-def test_what_a_generator_does_wrong_is_a_failed_evaluation() -> None:
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_a_generator_does_wrong_is_a_failed_evaluation(num_workers: int) -> None:
     def f(x: dict[str, Any]) -> Iterator[Any]:
         kind = x["x"] % 5
         if kind == 0:
@@ -129,8 +131,9 @@ def test_what_a_generator_does_wrong_is_a_failed_evaluation() -> None:
             yield "a"
         yield 2.0  # ends before the whole resource: that is its value
 
+    fidelity = Fidelity(9, reduction_factor=9)
     with pytest.warns(BayesnnWarning, match="evaluations failed"):
-        result = minimize(f, {"x": (1, 5)}, num_trials=5, **OPTIONS | {"fidelity": Fidelity(9, reduction_factor=9)})
+        result = minimize(f, {"x": (1, 5)}, num_trials=5, num_workers=num_workers, **OPTIONS | {"fidelity": fidelity})
     failures = {evaluation.x["x"]: evaluation.failure for evaluation in result.history}
     assert failures[4] is None and result.x == {"x": 4} and result.value == 2.0
     assert (
@@ -208,8 +211,7 @@ def test_the_model_of_a_search_with_a_fidelity_suggests() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_workers": 2}, "fidelity follows evaluations in this thread"),
-        ({"evaluation_timeout": 3.0}, "fidelity follows evaluations in this thread"),
+        ({"executor": ThreadPoolExecutor(1)}, "fidelity follows evaluations on this machine, without executor"),
         ({"objectives": ["minimize", "maximize"]}, "fidelity is for one objective, found value 1, value 2"),
     ],
 )
