@@ -40,7 +40,7 @@ class MarginalImprovement(AcquisitionFunction):
         model: fitted, whose posterior has ``marginals``; beside pending configurations, it must take in observations.
         tried: (n, d), n at least 1.
         outcomes: of one objective.
-        num_fantasies: S; None: 4 for one unknown number, otherwise 8 (``MOST_FANTASIES``).
+        num_fantasies: S; None: 4 for one outcome at one configuration, otherwise 8 (``MOST_FANTASIES``).
         seed: of the fantasies.
 
     Source: Gardner et al., Bayesian optimization with inequality constraints (ICML 2014), equations 4 and 5; Snoek, Larochelle
