@@ -187,6 +187,21 @@ def test_contexts_at_once_answer_like_each_alone(kind: str) -> None:
     torch.testing.assert_close(function(GRID.unsqueeze(-2)).exp(), torch.stack(products).mean(0), rtol=1e-6, atol=1e-9)
 
 
+def test_fantasies_at_codes_are_those_at_features() -> None:
+    space = Space({"x": (0.0, 1.0), "kind": ["a", "b", "c"]})
+    tried, pending, new = space.sobol(12, seed=0).split([6, 2, 4])
+    model = PFN("bo", bounds=(0.0, 1.0)).fit(space.encode(tried), wave(tried[:, :1])[:, :1])
+    outcomes = outcomes_of(1, "minimize")
+    name, function = acquisition(
+        "auto", Setting(OnCodes(model, space), space, tried, tried, outcomes, None, 8, 4.0, 0), 2, 1
+    )
+    expected = MarginalImprovement(model, space.encode(tried), outcomes)
+    function.set_X_pending(pending)
+    expected.set_X_pending(space.encode(pending))
+    assert name == "closed-form logei"
+    torch.testing.assert_close(function(new.unsqueeze(-2)), expected(space.encode(new).unsqueeze(-2)))
+
+
 def test_candidates_know_nothing_of_each_other() -> None:
     function = MarginalImprovement(fitted("histogram"), X, outcomes_of(1, "minimize"), 4)
     function.set_X_pending(GRID[3:5])
