@@ -172,6 +172,14 @@ def _(distribution: Histogram, indices: list[int]) -> Distribution:
     return Histogram(borders, logits, tail_scale, validate_args=False)
 
 
+def from_normals(distribution: Distribution, normals: Tensor) -> Tensor:
+    """The values of a Normal or a Histogram at the same probabilities as a standard normal's: (*sample, *batch)."""
+    if isinstance(distribution, Normal):
+        return distribution.loc + distribution.scale * normals
+    eps = torch.finfo(normals.dtype).eps
+    return distribution.icdf(torch.special.ndtr(normals).clamp(eps, 1 - eps))
+
+
 def affine(distribution: Distribution, loc: Tensor, scale: Tensor) -> Distribution:
     """The distribution of ``loc + scale * value`` for a Normal or a Histogram; scale is positive."""
     if isinstance(distribution, Histogram):

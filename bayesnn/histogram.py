@@ -18,6 +18,7 @@ expected improvement, cdf and quantiles leave parts of the tails out; here every
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -165,8 +166,20 @@ class Histogram(Distribution):
             raise ValueError("tail_scale must be positive and finite")
         self.borders = borders.to(logits)
         self.tail_scale = scale.to(logits)
-        self.logits = logits.log_softmax(-1)
+        self._unnormalised = logits
         super().__init__(logits.shape[:-1], validate_args=validate_args)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(*batch, K) log probabilities of the buckets."""
+        return self._unnormalised.log_softmax(-1)
+
+    @staticmethod
+    def of_log_probs(borders: Tensor, log_probs: Tensor, tail_scale: Tensor) -> Histogram:
+        """The histogram of log probabilities that are normalised already, which isn't checked."""
+        found = Histogram(borders, log_probs, tail_scale, validate_args=False)
+        found.logits = log_probs
+        return found
 
     @property
     def probs(self) -> Tensor:
@@ -181,7 +194,7 @@ class Histogram(Distribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Histogram:
         """The same distribution with a larger batch shape."""
         batch = torch.Size(batch_shape)
-        return Histogram(self.borders, self.logits.expand(*batch, -1), self.tail_scale, validate_args=False)
+        return Histogram.of_log_probs(self.borders, self.logits.expand(*batch, -1), self.tail_scale)
 
     def affine(self, loc: Tensor | float, scale: Tensor | float) -> Histogram:
         """The distribution of ``loc + scale * V``: the same probabilities over moved borders.
@@ -190,12 +203,12 @@ class Histogram(Distribution):
             loc: a number, or a tensor that broadcasts against the batch shape.
             scale: likewise; not zero. A negative one turns the histogram around (then it must be one sign throughout).
         """
-        loc, scale = (torch.as_tensor(value).to(self.logits) for value in (loc, scale))
+        loc, scale = (self._like_logits(value) for value in (loc, scale))
         borders = loc[..., None] + scale[..., None] * self.borders
         tails = scale.abs()[..., None] * self.tail_scale
         if bool((scale < 0).all()):
-            return Histogram(borders.flip(-1), self.logits.flip(-1), tails.flip(-1), validate_args=False)
-        return Histogram(borders, self.logits, tails, validate_args=False)
+            return Histogram.of_log_probs(borders.flip(-1), self.logits.flip(-1), tails.flip(-1))
+        return Histogram.of_log_probs(borders, self.logits, tails)
 
     # -- moments -------------------------------------------------------------------------------------------------
 
@@ -232,7 +245,7 @@ class Histogram(Distribution):
 
     def expected_improvement(self, best: Tensor | float) -> Tensor:
         """:math:`E[\\max(V - \\mathrm{best}, 0)]` in closed form, tails included; (*batch,) broadcast with ``best``."""
-        best = torch.as_tensor(best).to(self.logits)
+        best = self._like_logits(best)
         level = best[..., None]
         left, right = self.borders[..., 1:-2], self.borders[..., 2:-1]
         start = torch.maximum(torch.minimum(level, right), left)
@@ -246,7 +259,7 @@ class Histogram(Distribution):
 
     def probability_of_improvement(self, best: Tensor | float) -> Tensor:
         """:math:`P(V > \\mathrm{best})`, tails included; (*batch,) broadcast with ``best``."""
-        best = _broadcast(torch.as_tensor(best).to(self.logits), self.batch_shape)
+        best = _broadcast(self._like_logits(best), self.batch_shape)
         # That of the mirror image below -best: one minus the cdf has no digits left where little is above.
         return self.affine(0.0, -1.0).cdf(-best)
 
@@ -302,7 +315,7 @@ class Histogram(Distribution):
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile at probability ``value`` in (0, 1), (*sample, *batch); differentiable in it and the logits."""
-        value = _broadcast(torch.as_tensor(value).to(self.logits), self.batch_shape)
+        value = _broadcast(self._like_logits(value), self.batch_shape)
         probs = self.probs
         cumulative = probs.cumsum(-1)
         index = _search(cumulative[..., :-1].detach().contiguous(), value.detach(), right=True)
@@ -328,6 +341,10 @@ class Histogram(Distribution):
         """(*sample, *batch) draws."""
         with torch.no_grad():
             return self.rsample(sample_shape, generator)
+
+    def _like_logits(self, value: Tensor | float) -> Tensor:
+        # A number must not pass through the default dtype, which may have fewer digits.
+        return torch.as_tensor(value, dtype=self.logits.dtype, device=self.logits.device)
 
     def _locate(self, value: Tensor) -> tuple[Tensor, Tensor]:
         value = _broadcast(value.to(self.logits), self.batch_shape)

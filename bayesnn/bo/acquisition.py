@@ -18,17 +18,16 @@ from botorch.sampling.get_sampler import get_sampler
 from botorch.utils.multi_objective.hypervolume import infer_reference_point
 from botorch.utils.multi_objective.pareto import is_non_dominated
 from torch import Tensor
-from torch.distributions import Normal
 
-from bayesnn.bo.closed_form import ClosedForm, UnderLimits, log_expected_improvement
+from bayesnn.bo.closed_form import Marginals
 from bayesnn.bo.gaussian_model import GaussianModel
+from bayesnn.bo.improvement import MarginalImprovement
 from bayesnn.bo.knowledge_gradient import KnowledgeGradient
 from bayesnn.bo.limited import LogNoisyExpectedHypervolumeImprovement, LogNoisyExpectedImprovement, LogNParEGO
 from bayesnn.bo.optimise import ENUMERABLE, new_codes
 from bayesnn.bo.outcomes import Outcomes, Scales
 from bayesnn.bo.space import Space
 from bayesnn.bo.thompson import ThompsonAtPlaces, ThompsonDraw
-from bayesnn.histogram import Histogram
 from bayesnn.posteriors import FunctionDraws
 
 Name = Literal["auto", "logei", "lognei", "ucb", "thompson", "mes", "kg", "lognehvi", "lognparego"]
@@ -36,6 +35,10 @@ NAMES: tuple[str, ...] = get_args(Name)
 
 FOR_SEVERAL = ("lognehvi", "lognparego")
 WITH_LIMITS = ("lognei", "lognehvi", "lognparego")
+CLOSED_FORM = "closed-form logei"
+"""What "auto" is for one objective of a model whose marginals are known in closed form."""
+FROM_TRIED = (*WITH_LIMITS, CLOSED_FORM)
+"""They measure improvements from the tried configurations and the pending ones."""
 OF_ANY_DRAWS = ("logei", "lognei", "ucb", "lognparego")
 """Right for posteriors whose draws depend on all the points asked for: they compare values of one call only."""
 ANEW = ("thompson", "lognparego")
@@ -115,29 +118,31 @@ def acquisition(name: str, setting: Setting, q: int, num_pending: int) -> tuple[
         if len(setting.outcomes.objectives) > 1:
             name = "lognehvi" if draws_are_functions(setting.model) else "lognparego"
         else:
-            exact = None if q > 1 or num_pending else _closed_form(setting)
+            exact = _closed_form(setting, num_pending + q - 1)
             if exact is not None:
-                return "closed-form logei", exact
+                return CLOSED_FORM, exact
             name = "lognei"
     return name, BUILDERS[name](setting)
 
 
-def _closed_form(setting: Setting) -> AcquisitionFunction | None:
-    """The log expected improvement over the best mean at the tried codes that keep the limits, where it is known exactly.
+def _closed_form(setting: Setting, num_more: int) -> AcquisitionFunction | None:
+    """The log expected improvement over the best mean, where it is known exactly and the model can take in more observations.
 
     A PFN's joint posterior over all tried codes costs a hundred times more than these values.
     """
+    model, some, num_fantasies = setting.model, setting.tried[:1], None
     with torch.no_grad():
-        posterior: Any = setting.model.posterior(setting.tried.unsqueeze(-2))  # each by itself
-    if not isinstance(getattr(posterior, "marginals", None), (Histogram, Normal)):
-        return None
-    outcomes, means = setting.outcomes, posterior.mean.squeeze(-2)
-    merits, maximize = outcomes.merits(means)[:, 0], outcomes.directions[0] == "maximize"
-    if not outcomes.limits:
-        return ClosedForm(setting.model, log_expected_improvement(float(merits.max())), maximize)
-    merits = merits[(outcomes.excesses(means) <= 0).all(-1)]
-    best = float(merits.max()) if len(merits) else None
-    return UnderLimits(setting.model, outcomes.objectives[0], maximize, outcomes.limits, best)
+        posterior: Any = model.posterior(some)
+        if not isinstance(getattr(posterior, "marginals", None), Marginals):
+            return None
+        if num_more:
+            try:
+                mean = posterior.mean
+                given = model.condition_on_observations(some.expand(num_more, -1), mean.expand(num_more, -1))
+            except (NotImplementedError, TypeError, ValueError):  # such as a network's context that is full
+                return None
+            num_fantasies = 1 if getattr(given, "answers_locally", False) else None
+    return MarginalImprovement(model, setting.tried, setting.outcomes, num_fantasies, setting.seed)
 
 
 class _AtTried(NamedTuple):

@@ -44,6 +44,11 @@ class OnCodes(BotorchModel):
     def draws_are_functions(self) -> bool:
         return draws_are_functions(self.model)
 
+    @property
+    def answers_locally(self) -> bool:
+        """Whether each query has a context of its own, so that several contexts cost several times as much."""
+        return bool(getattr(self.model, "answers_locally", False))
+
     def share(self, codes: Tensor) -> None:
         """Compute what concerns these codes (k, d) once, where :meth:`posterior` finds them first in each of several batches.
 
@@ -58,6 +63,10 @@ class OnCodes(BotorchModel):
         if own is None or self._beside is None:
             return self.model.posterior(self._features(X), *args, **kwargs)
         return self._beside(own)
+
+    def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> OnCodes:
+        """The model after observations Y, in its own units, at codes X."""
+        return OnCodes(self.model.condition_on_observations(self._features(X), Y, **kwargs), self.space)
 
     def _own(self, X: Tensor) -> Tensor | None:
         """The features that follow the shared codes; None if those don't come first."""

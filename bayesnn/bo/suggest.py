@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bayesnn.bo.acquisition import (
     ANEW,
+    FROM_TRIED,
     NAMES,
     OF_INFORMATION,
-    WITH_LIMITS,
     Name,
     Setting,
     acquisition as build_acquisition,
@@ -81,9 +81,11 @@ def suggest(
 
     For several: "lognehvi", the hypervolume that the Pareto front gains, and "lognparego", "lognei" of the objectives'
     augmented Chebyshev mixtures, with other weights for each suggestion. "auto" is "lognei" or "lognehvi"; for one
-    configuration of a model whose marginals are known in closed form (PFNs, neural processes) it is the expected improvement
-    over the best mean, exactly. Expectations are over joint draws of f, so they are right for every posterior of this library
-    and for any BoTorch model. Changing the units of the objective changes nothing.
+    objective of a model whose marginals are known in closed form (PFNs, neural processes) it is the expected improvement over
+    the best mean, exactly. Beside pending configurations and in batches that is averaged over fantasies of what they will
+    give (8 at most), as long as the model can take in so many more observations. All other expectations are over joint draws
+    of f, so they are right for every posterior of this library and for any BoTorch model. Changing the units of the objective
+    changes nothing.
 
     Args:
         model: a model fitted to ``space.features(configurations)``, one row each, and the outcomes.
@@ -120,7 +122,8 @@ def suggest(
 
     Source: Ament et al. (2023), "Unexpected improvements to expected improvement"; Daulton et al. (2021), "Parallel
     Bayesian optimization of multiple noisy objectives"; Moss et al. (2021), "GIBBON"; Frazier et al. (2009), "The
-    knowledge-gradient policy for correlated normal beliefs"; Knowles (2006), "ParEGO".
+    knowledge-gradient policy for correlated normal beliefs"; Knowles (2006), "ParEGO"; Snoek, Larochelle
+    and Adams (2012), "Practical Bayesian optimization of machine learning algorithms".
     """
     if not isinstance(model, BotorchModel):
         raise TypeError(f"model must be a fitted BoTorch model, found {type(model).__name__}")
@@ -191,7 +194,7 @@ def propose(
                 acquisition, function = build_acquisition(acquisition, setting, q, len(pending))
             if acquisition not in OF_INFORMATION:
                 taken = space.compared(taken)
-            if acquisition in WITH_LIMITS:  # a running trial with values is among what improvements are measured from
+            if acquisition in FROM_TRIED:  # among which are running trials with values
                 taken = taken[~seen(taken, tried)]
             if len(taken):
                 function.set_X_pending(taken)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from bayesnn.distributions import affine
+from bayesnn.distributions import affine, from_normals
 from bayesnn.histogram import Histogram
 from bayesnn.posteriors.draws import FunctionDraws, transformed_draws
 from bayesnn.posteriors.shared_normals import SharedNormalPosterior
@@ -29,7 +29,10 @@ class Copula(SharedNormalPosterior):
 
     def __init__(self, marginals: Distribution, root: Tensor | Callable[[], Tensor]) -> None:
         self.marginals, self._root = marginals, root
-        self._mean_like = marginals.mean
+
+    @cached_property
+    def _mean_like(self) -> Tensor:  # type: ignore[override]
+        return self.marginals.mean
 
     @cached_property
     def root(self) -> Tensor:
@@ -47,10 +50,7 @@ class Copula(SharedNormalPosterior):
     def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
         """Functions from normals of shape (*sample_shape, *batch, q, m)."""
         normals = (self.root @ base_samples.to(self.root).mT.unsqueeze(-1)).squeeze(-1).mT
-        if isinstance(self.marginals, Normal):
-            return self.marginals.loc + self.marginals.scale * normals
-        eps = torch.finfo(normals.dtype).eps
-        return self.marginals.icdf(torch.special.ndtr(normals).clamp(eps, 1 - eps))
+        return from_normals(self.marginals, normals)
 
     def affine(self, loc: Tensor, scale: Tensor) -> Copula:
         """The posterior of ``loc + scale * f``; loc and scale are (1, m)."""
@@ -65,14 +65,14 @@ class Copula(SharedNormalPosterior):
         return transformed_draws(self, transform, X)
 
 
-def of_outputs(marginals: Distribution, indices: list[int]) -> Distribution:
+def of_outputs(marginals: Distribution, indices: list[int]) -> Histogram | Normal:
     """Those of a Histogram or Normal of batch shape (*batch, q, m) that belong to some of the outputs."""
     if isinstance(marginals, Normal):
         return Normal(marginals.loc[..., indices], marginals.scale[..., indices])
     own: Any = marginals
     borders = own.borders if own.borders.dim() == 1 else own.borders[..., indices, :]
     tails = own.tail_scale if own.tail_scale.dim() == 1 else own.tail_scale[..., indices, :]
-    return Histogram(borders, own.logits[..., indices, :], tails, validate_args=False)
+    return Histogram.of_log_probs(borders, own.logits[..., indices, :], tails)
 
 
 def correlation_root(correlation: Tensor) -> Tensor:

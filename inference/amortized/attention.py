@@ -64,12 +64,14 @@ class DistanceLayer(nn.Module):
         places = self.combine(places)
         rows = F.pad(torch.cat([places, places.square()], -1), (0, 1))
         rows = torch.cat([rows, F.pad(rows.new_ones(len(rows), 1, 1), (rows.shape[-1] - 1, 0))], 1)
-        return torch.cat([key, rows.unsqueeze(1).expand(-1, self.num_heads, -1, -1)], -1), value
+        key = torch.cat([key, rows.unsqueeze(1).expand(-1, self.num_heads, -1, -1)], -1)
+        # Values as wide as the keys: the fused kernels want that.
+        return key, F.pad(value, (0, key.shape[-1] - value.shape[-1]))
 
     def forward(self, tokens: Tensor, places: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Tokens (B, q, width) at (B, q, d), keys and values of :meth:`keys_and_values`."""
         normed = self.norm_attention(tokens)
-        heads, width = self.num_heads, value.shape[-1]
+        heads, width = self.num_heads, self.merge.in_features // self.num_heads
         query = self.to_query(normed).unflatten(-1, (heads, width)).transpose(1, 2)
         log_sharpness = self.to_sharpness(normed).unflatten(-1, (heads, self.num_distances)).transpose(1, 2)
         # Squared distances are differences of large numbers: never in half precision.
@@ -78,10 +80,8 @@ class DistanceLayer(nn.Module):
         sharpness = log_sharpness.clamp(max=MAX_LOG_SHARPNESS).to(at).exp() * math.sqrt(width)
         of_null = (sharpness * at.square()).sum(-1, keepdim=True)
         query = torch.cat([query.to(at), 2 * sharpness * at, -sharpness, of_null], -1)
-        # Values as wide as the keys: the fused kernels want that.
-        wide = F.pad(value, (0, key.shape[-1] - width))
         with torch.autocast(query.device.type, enabled=False):
-            attended = F.scaled_dot_product_attention(query, key.to(at), wide.to(at), scale=width**-0.5)
+            attended = F.scaled_dot_product_attention(query, key.to(at), value.to(at), scale=width**-0.5)
         attended = attended.to(value)
         tokens = tokens + self.merge(attended[..., :width].transpose(1, 2).flatten(-2))
         return tokens + self.mlp(self.norm_mlp(tokens))

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal
+from torch.distributions import Distribution
 
 from bayesnn.data import BayesnnWarning
-from bayesnn.distributions import affine
-from bayesnn.histogram import Histogram
+from bayesnn.distributions import affine, from_normals
 from bayesnn.posteriors import FunctionDraws
 from bayesnn.posteriors.copula import of_outputs
 from bayesnn.posteriors.draws import transformed_draws
@@ -95,12 +94,12 @@ class Autoregressive(SharedNormalPosterior):
             f, y = self._laws(cache, place)  # (*shape, 1, m)
             normal = normals[..., j : j + 1, :]
             if self.of_observations:
-                observed = _at_normal(y, normal)
+                observed = from_normals(y, normal)
                 found.append(observed)
             else:
                 share = (f.stddev / y.stddev).clamp_max(1).detach()
-                found.append(_at_normal(f, normal))
-                observed = _at_normal(y, share * normal + (1 - share.square()).sqrt() * noise[..., j : j + 1, :])
+                found.append(from_normals(f, normal))
+                observed = from_normals(y, share * normal + (1 - share.square()).sqrt() * noise[..., j : j + 1, :])
             if j + 1 < q:
                 rows = place.unsqueeze(-3).expand(*shape, m, 1, place.shape[-1])
                 cache = self.network.extend(cache, rows, observed.mT.unsqueeze(-1))
@@ -146,12 +145,3 @@ class Autoregressive(SharedNormalPosterior):
     def transformed(self, transform: Any, X: Tensor) -> FunctionDraws:
         """The posterior of a BoTorch ``PosteriorTransform``'s value, through draws."""
         return transformed_draws(self, transform, X)
-
-
-def _at_normal(law: Distribution, normal: Tensor) -> Tensor:
-    """The value at the same probability as a standard normal's."""
-    if isinstance(law, Normal):
-        return law.loc + law.scale * normal
-    assert isinstance(law, Histogram)
-    eps = torch.finfo(normal.dtype).eps
-    return law.icdf(torch.special.ndtr(normal).clamp(eps, 1 - eps))

@@ -261,6 +261,11 @@ class AmortizedModel(Model):
         """Whether a draw's value at a point is the same whatever other points are asked for."""
         return self.joint == "copula"
 
+    @property
+    def answers_locally(self) -> bool:
+        """Whether each query has a context of its own, its nearest rows: many queries of a common one cost no more."""
+        return self._context.cache is None
+
     def draw_functions(self, num_draws: int, seed: int = 0) -> FunctionDraw:
         """As ``Model.draw_functions``, of the copula.
 
@@ -325,5 +330,5 @@ def _with_draw_dimension(distribution: Distribution) -> Distribution:
             value if value.dim() == 1 else value.unsqueeze(-4)
             for value in (distribution.borders, distribution.tail_scale)
         )
-        return Histogram(borders, distribution.logits.unsqueeze(-4), tails, validate_args=False)
+        return Histogram.of_log_probs(borders, distribution.logits.unsqueeze(-4), tails)
     return Normal(distribution.mean.unsqueeze(-3), distribution.stddev.unsqueeze(-3), validate_args=False)

@@ -31,7 +31,7 @@ from bayesnn.inference.amortized.attention import DistanceLayer
 
 
 class ContextCache(NamedTuple):
-    """What queries need of the context: for each layer keys and values, (*batch, heads, n+1, width of keys or of values).
+    """What queries need of the context: for each layer keys and values, (*batch, heads, n+1, width of keys).
 
     Attributes:
         keys: one per layer, the null key last.

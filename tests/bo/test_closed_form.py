@@ -12,7 +12,7 @@ from torch import nn
 from bayesnn import NNGP, PFN, ConditionalNeuralProcess
 from bayesnn.bo import ClosedForm, Space, log_expected_improvement, probability_of_improvement, quantile
 from bayesnn.bo.acquisition import Setting, acquisition
-from bayesnn.bo.closed_form import UnderLimits
+from bayesnn.bo.improvement import MarginalImprovement, log_feasible_improvement
 from bayesnn.bo.on_codes import OnCodes
 from bayesnn.bo.outcomes import outcomes_of
 from bayesnn.histogram import prior_borders
@@ -90,6 +90,8 @@ def test_what_it_refuses():
         ClosedForm(gaussian, quantile(0.5))(candidates())
     with pytest.raises(ValueError, match="level must lie in"):
         quantile(1.0)
+    with pytest.raises(UnsupportedError, match="closed forms of one point know of no pending points"):
+        ClosedForm(model.subset_output([1]), quantile(0.5)).set_X_pending(candidates()[:, 0])
     with pytest.raises(ValueError, match="best must be finite"):
         log_expected_improvement(float("nan"))
 
@@ -100,28 +102,28 @@ def test_under_limits_values_are_averages_over_draws(kind):
     model, _ = fitted(kind, num_outputs=3)
     draws = model.posterior(candidates()).rsample(torch.Size([60_000]), torch.Generator().manual_seed(3))[..., 0, :]
     bounds = draws.mean((0, 1))
-    limits = [(0, "<=", float(bounds[0])), (2, ">=", float(bounds[2]))]
+    limits = {0: ("<=", float(bounds[0])), 2: (">=", float(bounds[2]))}
+    marginals = model.posterior(candidates()).marginals
     kept = (draws[..., 0] <= bounds[0]) & (draws[..., 2] >= bounds[2])
-    for maximize, sign in ((True, 1.0), (False, -1.0)):
-        best = float(sign * draws[..., 1].mean())
+    for direction, sign in (("maximize", 1.0), ("minimize", -1.0)):
+        best = sign * draws[..., 1].mean()
         improvement = (sign * draws[..., 1] - best).clamp_min(0)
+        outcomes = outcomes_of(3, direction, limits)
         for found, values in (
-            (UnderLimits(model, 1, maximize, limits, best), improvement * kept),
-            (UnderLimits(model, 1, maximize, limits, None), kept.double()),
+            (log_feasible_improvement(marginals, outcomes, best), improvement * kept),
+            (log_feasible_improvement(marginals, outcomes, None), kept.double()),
         ):
-            z = (values.mean(0) - found(candidates()).exp()) / values.std(0) * math.sqrt(len(draws))
+            z = (values.mean(0) - found.exp()) / values.std(0) * math.sqrt(len(draws))
             assert float(z.abs().max()) < 4.5
 
 
 def test_far_from_a_limit_nearer_is_better():
     model, _ = fitted("histogram", num_outputs=2)
-    function = UnderLimits(model, 0, True, [(1, ">=", 1e6)], None)
+    function = MarginalImprovement(model, candidates().squeeze(1), outcomes_of(2, "maximize", {1: (">=", 1e6)}))
     at = candidates().requires_grad_()
     values = function(at)
     gradient = torch.autograd.grad(values.sum(), at)[0]
     assert len(values.unique()) == 5 and float(values.max()) < -700 and bool((gradient != 0).any(-1).all())
-    with pytest.raises(UnsupportedError):
-        function.set_X_pending(candidates()[:, 0])
 
 
 def test_auto_under_limits_is_the_closed_form():
@@ -139,7 +141,7 @@ def test_auto_under_limits_is_the_closed_form():
         outcomes = outcomes_of(2, "minimize", limit)
         setting = Setting(on_codes, space, tried, tried, outcomes, None, 64, 4.0, 0)
         name, function = acquisition("auto", setting, 1, 0)
-        assert name == "closed-form logei" and isinstance(function, UnderLimits)
-        wanted = UnderLimits(on_codes, 0, False, outcomes.limits, expected)
-        assert torch.equal(function(candidates()), wanted(candidates()))
-    assert acquisition("auto", setting, 2, 0)[0] == acquisition("auto", setting, 1, 1)[0] == "lognei"
+        assert name == "closed-form logei"
+        assert function.best is None if expected is None else abs(float(function.best) - expected) < 1e-9
+        wanted = log_feasible_improvement(on_codes.posterior(candidates()).marginals, outcomes, function.best)
+        torch.testing.assert_close(function(candidates()), wanted, rtol=1e-12, atol=1e-12)
