@@ -59,9 +59,11 @@ functions it predicts held-out values as well as from the nearest 100: mean log 
 
 
 def _for_searches(**options: Any) -> PFN:
-    """A search that outgrows even these looks at the nearest rows, if draws let it."""
-    neighbours = None if options.get("joint") == "autoregressive" else ROWS
-    return PFN(**{"network": "bo", "bounds": (0.0, 1.0), "max_context": ROWS, "neighbours": neighbours} | options)
+    """A search that outgrows even these looks at the nearest rows, if draws let it; other networks have their own limits."""
+    if not options.keys() & {"network", "max_context", "neighbours"}:
+        options["max_context"] = ROWS
+        options["neighbours"] = None if options.get("joint") == "autoregressive" else ROWS
+    return PFN(**{"network": "bo", "bounds": (0.0, 1.0)} | options)
 
 
 register("pfn", PFN, _for_searches)

@@ -205,3 +205,5 @@ def test_more_points_than_the_network_was_trained_on_are_warned_of():
 def test_a_surrogate_of_autoregressive_draws_has_no_neighbours():
     assert bayesnn.surrogate("pfn", joint="autoregressive").neighbours is None
     assert bayesnn.surrogate("pfn").neighbours == 1000
+    other = bayesnn.surrogate("pfn", network="regression")
+    assert other.neighbours is None and other.max_context == 400
