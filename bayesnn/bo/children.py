@@ -110,13 +110,19 @@ class Child:
 class _StepFailedError(Exception):
     """A function that yields has failed on the way, over there."""
 
+    def __init__(self, returned: Returned) -> None:
+        super().__init__(returned.failure)
+        self.returned = returned
+
 
 def _followed(ask: Callable[[Any], Returned], f: Any, follow: Callable[[Curve], Any]) -> Returned:
     """What a function has returned that may yield, one call for each value."""
     first = ask(_BEGIN(f))
-    if first.failure is not None or first.value[0] == "returned":
-        return first if first.failure is not None else first._replace(value=first.value[1])
-    failed: list[Returned] = []
+    if first.failure is not None:
+        return first
+    yields, value = first.value
+    if not yields:
+        return first._replace(value=value)
 
     def curve() -> Curve:
         try:
@@ -126,13 +132,12 @@ def _followed(ask: Callable[[Any], Returned], f: Any, follow: Callable[[Curve], 
             ask(_CLOSE)
             raise
         if drawn.failure is not None:
-            failed.append(drawn)
-            raise _StepFailedError
+            raise _StepFailedError(drawn)
 
     try:
         return first._replace(value=follow(curve()))
-    except _StepFailedError:
-        return failed[0]
+    except _StepFailedError as error:
+        return error.returned
     except (TimeoutError, BrokenExecutor, ShutdownExecutorError):
         raise
     except Exception as error:  # its trial may have been taken for dead, and queued again
@@ -186,14 +191,14 @@ def _steps() -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any]
         return sys.modules.setdefault("_bayesnn_curve", types.ModuleType("_bayesnn_curve"))
 
     def begin(f: Any) -> Any:
-        def call(x: Any) -> tuple[str, Any]:
+        def call(x: Any) -> tuple[bool, Any]:
             from collections.abc import Generator
 
             value = f(x)
             if not isinstance(value, Generator):
-                return "returned", value
+                return False, value
             kept().curve = value
-            return "yields", None
+            return True, None
 
         return call
 
