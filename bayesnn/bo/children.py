@@ -68,21 +68,24 @@ class Child:
 
             def ask(f: Any) -> Returned:
                 left = None if seconds is None else max(0.0, start + seconds - time.perf_counter())
-                return Returned(*pool.submit(call_once, f, x, call.catch, False).result(left))
+                try:
+                    return Returned(*pool.submit(call_once, f, x, call.catch, False).result(left))
+                except (TimeoutError, BrokenExecutor, ShutdownExecutorError):
+                    raise
+                except Exception as error:
+                    reason = f"what the objective returned can't be sent between processes: {_reason(error)}"
+                    return Returned(None, time.perf_counter() - start, reason, None)
 
             if follow is None:
                 found = ask(call.f)
             else:
-                found = _followed(ask, call.f, follow)._replace(seconds=time.perf_counter() - start)
+                found = _followed(ask, call, follow)._replace(seconds=time.perf_counter() - start)
         except TimeoutError:
             self.kill()
             return Attempt(None, time.perf_counter() - start, f"it took longer than {seconds:g} seconds")
         except (BrokenExecutor, ShutdownExecutorError) as error:
             self.kill()
             raise BrokenExecutor(str(error)) from error
-        except Exception as error:
-            reason = f"what the objective returned can't be sent between processes: {_reason(error)}"
-            return Attempt(None, time.perf_counter() - start, reason)
         return call.understand(found)
 
     def stop(self) -> None:
@@ -115,9 +118,9 @@ class _StepFailedError(Exception):
         self.returned = returned
 
 
-def _followed(ask: Callable[[Any], Returned], f: Any, follow: Callable[[Curve], Any]) -> Returned:
-    """What a function has returned that may yield, one call for each value."""
-    first = ask(_BEGIN(f))
+def _followed(ask: Callable[[Any], Returned], call: Call, follow: Callable[[Curve], Any]) -> Returned:
+    """What a function has returned that may yield, one question for each value."""
+    first = ask(_BEGIN(call.f))
     if first.failure is not None:
         return first
     yields, value = first.value
@@ -129,9 +132,12 @@ def _followed(ask: Callable[[Any], Returned], f: Any, follow: Callable[[Curve], 
             while (drawn := ask(_DRAW)).failure is None and drawn.value:
                 yield drawn.value[0]
         except GeneratorExit:
-            ask(_CLOSE)
+            closed = ask(_CLOSE)
+            if closed.failure is not None:
+                raise _StepFailedError(closed) from None
             raise
         if drawn.failure is not None:
+            ask(_CLOSE)  # it may not know, where its value couldn't be sent
             raise _StepFailedError(drawn)
 
     try:
@@ -140,8 +146,9 @@ def _followed(ask: Callable[[Any], Returned], f: Any, follow: Callable[[Curve], 
         return error.returned
     except (TimeoutError, BrokenExecutor, ShutdownExecutorError):
         raise
-    except Exception as error:  # its trial may have been taken for dead, and queued again
-        return first._replace(value=None, failure=f"{type(error).__name__}: {error}")
+    except Exception as error:  # as a function that raises
+        ends = None if isinstance(error, call.catch) else error
+        return first._replace(value=None, failure=f"{type(error).__name__}: {error}", error=ends)
 
 
 def unsendable(error: Exception) -> TypeError:

@@ -34,7 +34,8 @@ class MarginalImprovement(AcquisitionFunction):
     :math:`D_s` being the data with the s-th fantasy of the pending observations and :math:`b_s` the best posterior mean, given
     :math:`D_s`, of the tried and pending configurations that keep the limits. Outcomes are taken as independent. Where none
     keeps them in any fantasy, it is the probability alone that counts. Where none does in some fantasies only, the worst of
-    their means stands for the best there: whatever keeps the limits is an improvement.
+    their means stands for the best there: whatever keeps the limits is an improvement. A network isn't quite certain of f even
+    where it has seen a value, so that suggestions of a batch may lie close together.
 
     Args:
         model: fitted, whose posterior has ``marginals``; beside pending configurations, it must take in observations.

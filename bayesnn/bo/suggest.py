@@ -92,7 +92,7 @@ def suggest(
         space: the search space, or its definition.
         q: how many.
         acquisition: one of the names above.
-        pending: configurations that are being evaluated: what is close to them gains nothing.
+        pending: configurations that are being evaluated: what is close to them gains little.
         failed: configurations that gave no value. They aren't suggested again, and where they and the training inputs tell
             what fails (three of each at least), each acquisition value is weighed by the probability of success.
         direction: "minimize" or "maximize", one for all objectives or one for each.

@@ -78,16 +78,17 @@ class FourierNNGPKernel(NNGPKernel):
         return variance.squeeze(-1).expand(*batch, x.shape[-2])
 
     def _layers(self) -> _Layers:
-        """Of the parameters as they are; computed when their values have changed, since it costs as much as a small matrix."""
-        key = [(raw.tolist(), raw.dtype, raw.device) for raw in self._raw]
+        """Of the variances as they are; computed when these have changed, since it costs as much as a small matrix."""
+        variances = self.weight_var, self.bias_var
+        key = [(values.tolist(), values.dtype, values.device) for values in variances]
         if self._known is None or self._known[0] != key:
-            self._known = key, self._of_parameters()
+            self._known = key, self._of_variances(*variances)
         return self._known[1]
 
-    def _of_parameters(self) -> _Layers:
+    def _of_variances(self, weight_var: Tensor, bias_var: Tensor) -> _Layers:
         weights, biases = (
             list(values.expand(*values.shape[:-1], self.num_layers)[..., None, None].unbind(-3))
-            for values in (self.weight_var, self.bias_var)
+            for values in (weight_var, bias_var)
         )
         variances, variance = [], torch.ones_like(weights[0])  # the features'
         for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,3 +86,36 @@ def test_a_process_that_dies_on_the_way_costs_one_trial(tmp_path: Path) -> None:
     (cut_off,) = [trial for trial in result.study.trials if trial.state is TrialState.FAIL]
     assert sorted(cut_off.intermediate_values) == [1]
     assert any(trial.params == cut_off.params for trial in result.study.trials if trial.state is not TrialState.FAIL)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_goes_wrong_at_the_end_is_heard_and_ends_the_curve(tmp_path: Path, num_workers: int) -> None:
+    """The same in processes as here: what ``finally`` raises, and a value that can't travel (which here is no number)."""
+    closed = tmp_path / "closed"
+
+    def f(x: dict[str, Any]) -> Iterator[Any]:
+        try:
+            yield 1.0
+            if x["x"] == 2:
+                yield threading.Lock()
+            yield 2.0
+        finally:
+            with closed.open("a") as file:
+                file.write("closed\n")
+            if x["x"] == 1:
+                raise KeyError("at the end")
+
+    options = OPTIONS | {"num_workers": num_workers, "fidelity": Fidelity(2)}
+    with pytest.warns(BayesnnWarning, match="evaluations failed"):
+        result = minimize(f, {"x": (1, 3)}, num_trials=3, **options)
+    failures = {evaluation.x["x"]: evaluation.failure for evaluation in result.history}
+    assert failures[1] == "KeyError: 'at the end'" and failures[3] is None
+    sent = "what the objective returned can't be sent between processes: TypeError: cannot pickle"
+    assert str(failures[2]).startswith(sent if num_workers == 2 else "the objective returned <unlocked")
+    assert len(closed.read_text().split()) == 3
+
+    def nothing(x: dict[str, Any]) -> Iterator[float]:
+        yield from ()
+
+    with pytest.raises(ValueError, match="the objective yielded nothing"):
+        minimize(nothing, {"x": (1, 3)}, num_trials=3, catch=(KeyError,), **options)

@@ -202,8 +202,8 @@ def test_more_points_than_the_network_was_trained_on_are_warned_of():
         posterior.rsample(torch.Size([2]))
 
 
-def test_a_surrogate_of_autoregressive_draws_has_no_neighbours():
-    assert bayesnn.surrogate("pfn", joint="autoregressive").neighbours is None
-    assert bayesnn.surrogate("pfn").neighbours == 1000
-    other = bayesnn.surrogate("pfn", network="regression")
-    assert other.neighbours is None and other.max_context == 400
+def test_how_many_rows_surrogates_see():
+    for joint in ("copula", "autoregressive"):
+        assert bayesnn.surrogate("pfn", joint=joint).max_context == 4000
+    assert bayesnn.surrogate("pfn", network="regression").max_context == 400
+    assert bayesnn.surrogate("pfn", neighbours=50).max_context == 100

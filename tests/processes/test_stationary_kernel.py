@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from gpytorch.constraints import Interval
 from torch import Tensor
 
 from bayesnn.processes.architectures import fourier_mlp
@@ -83,3 +84,12 @@ def test_another_dtype_and_no_rows():
     assert single.dtype == torch.float32 and (single - exact).abs().max() < 1e-6
     assert short(X[:0].float(), X.float()).to_dense().shape == (0, 6)
     assert short.is_stationary
+
+
+def test_another_constraint_is_another_variance():
+    X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    short, general = kernels(1, "gelu")
+    short(X).to_dense()
+    for kernel in (short, general):
+        kernel.register_constraint("raw_weight_var", Interval(0.5, 4.0))
+    assert torch.allclose(short(X).to_dense(), general(X).to_dense(), rtol=1e-12)
