@@ -165,7 +165,7 @@ class AmortizedModel(Model):
             )
         if self.max_context is not None and self.neighbours is None and num_rows > self.max_context:
             raise ValueError(
-                f"X must have at most {self.max_context} rows, as many as the network was trained on; found {num_rows}. "
+                f"X must have at most {self.max_context} rows, its max_context; found {num_rows}. "
                 "Take a subset, let each query see some neighbours, or train a network with a larger max_context"
             )
         check_range(self._asked.largest, data.X, data.Y)
@@ -287,7 +287,7 @@ class AmortizedModel(Model):
         most, total = self.max_context, self._context.X.shape[-2] + scaled.shape[-2]
         if most is not None and self.neighbours is None and total > most:
             raise ValueError(
-                f"X must leave the model with at most {most} rows, as many as the network was trained on, found {total}: "
+                f"X must leave the model with at most {most} rows, its max_context, found {total}: "
                 "let each query see some neighbours"
             )
         check_bounds(self.bounds, torch.as_tensor(X))

@@ -98,7 +98,7 @@ def test_values_far_from_all_that_it_has_seen_are_refused():
 
 def test_rows_and_columns_beyond_training_are_refused_unless_localised():
     X, y = data(n=12)
-    with pytest.raises(ValueError, match="X must have at most 8 rows, as many as the network was trained on; found 12"):
+    with pytest.raises(ValueError, match="X must have at most 8 rows, its max_context; found 12"):
         PFN(network(), max_context=8).fit(X, y)
     assert PFN(network(), max_context=8, bounds=(0.0, 1.0), neighbours=8).fit(X, y).predict(X).mean.shape == (12, 1)
     with pytest.raises(ValueError, match="X must have at most 3 columns"):
