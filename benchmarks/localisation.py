@@ -11,7 +11,9 @@ is the shipped "gp-small", beyond the 100 rows that it was trained on too; ``loc
 :math:`k = 4 \sqrt n` rows nearest to each query, 100 at most.
 
 Nagler, Statistical foundations of prior-data fitted networks (ICML 2023), shows that the variance vanishes for both, and the
-bias for the localised one alone.
+bias for the localised one alone, unless the network itself looks at near rows only as n grows. There are two networks: the
+neural process sums up all rows in one vector, which can't do that; the transformer's attention looks from far to near, and
+does so in part.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,9 +31,11 @@ from torch import Tensor
 
 from bayesnn.inference.amortized import PFN
 from bayesnn.inference.amortized.model import AmortizedModel
+from bayesnn.processes.neural import ConditionalNeuralProcess
 
 NOISE_STD, NUM_QUERIES, MOST = 0.2, 64, 100
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NETWORKS: dict[str, Callable[..., AmortizedModel]] = {"neural process": ConditionalNeuralProcess, "transformer": PFN}
 TRUTHS: dict[str, Callable[[Tensor], Tensor]] = {
     "kink": lambda x: (3 * x).sin().abs(),
     "jump": lambda x: (x > 0.4).to(x),
@@ -76,16 +82,16 @@ def main() -> None:
     quick = parser.parse_args().quick
     repeats, sizes = (4, [n for n in SIZES if n <= 512]) if quick else (40, SIZES)
     rows: list[dict[str, Any]] = []
-    for name, truth in TRUTHS.items():
+    for (network, make), (name, truth) in product(NETWORKS.items(), TRUTHS.items()):
         for n in sizes:
             k = neighbours(n)
-            localised = measured(predictions(lambda k=k: PFN("gp-small", neighbours=k), truth, n, repeats), truth)
-            whole = measured(predictions(lambda n=n: PFN("gp-small", max_context=n), truth, n, repeats), truth)
+            localised = measured(predictions(partial(make, "gp-small", neighbours=k), truth, n, repeats), truth)
+            whole = measured(predictions(partial(make, "gp-small", max_context=n), truth, n, repeats), truth)
             for index, metric in enumerate(("squared bias", "variance")):
                 ours, ours_error, peer, peer_error = (float(part[index]) for part in (*localised, *whole))
                 rows.append(
                     {
-                        "case": f"{name}, n = {n}, k = {k}",
+                        "case": f"{network}, {name}, n = {n}, k = {k}",
                         "metric": metric,
                         "unit": "squared units of y",
                         "ours": ours,
@@ -99,7 +105,10 @@ def main() -> None:
                         "seeds": repeats,
                     }
                 )
-            print(f"{name} n={n} k={k}: localised {localised[0].tolist()}, all rows {whole[0].tolist()}", flush=True)
+            print(
+                f"{network} {name} n={n} k={k}: localised {localised[0].tolist()}, all rows {whole[0].tolist()}",
+                flush=True,
+            )
     write("localisation", rows, {}, noise_std=NOISE_STD, quick=quick)
 
 

@@ -42,6 +42,7 @@ class Recipe(Configured):
             far as this prior's outcomes reach; the predictions at the start stay the same (but in the tails, where they get
             the new buckets' shape). None: they stay as they are.
         more_layers: with ``before``, so many are added to a transformer's or a classifier's, the identity at the start.
+        processes: with ``before``, so many Gaussian processes are added beside a transformer's histograms.
 
     Raises:
         ValueError: for an unknown kind of network, numbers out of range, a ``max_width`` of a network without histograms, or
@@ -58,10 +59,11 @@ class Recipe(Configured):
     before: Recipe | None = None
     max_width: float | None = None
     more_layers: int = 0
+    processes: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, partial(count, least=3), "num_buckets")
-        check_fields(self, partial(count, least=0), "seed", "more_layers")
+        check_fields(self, partial(count, least=0), "seed", "more_layers", "processes")
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             raise ValueError(f"name must be a file's name of letters, digits, '-', '_' and '.', found {self.name!r}")
         if not isinstance(self.training, MetaTraining):
@@ -80,6 +82,8 @@ class Recipe(Configured):
             raise ValueError("max_width refines the network of a recipe before, and there is none: choose num_buckets")
         if self.before is None and self.more_layers:
             raise ValueError("more_layers deepens the network of a recipe before, and there is none: choose num_layers")
+        if self.before is None and self.processes:
+            raise ValueError("processes are added to the network of a recipe before, and there is none: take settings")
         if self.before is not None:
             self._check_before(self.before)
 
@@ -100,6 +104,8 @@ class Recipe(Configured):
             positive("max_width", self.max_width)
             if self.network != "transformer":
                 raise ValueError(f"max_width is of histograms, which a network of kind {self.network!r} doesn't have")
+        if self.processes and self.network != "transformer":
+            raise ValueError(f"processes are of transformers, a network of kind {self.network!r} has none")
         if self.more_layers and self.network == "deep-set":
             raise ValueError("more_layers is of transformers, a network of kind 'deep-set' has none")
 
@@ -116,7 +122,8 @@ class Recipe(Configured):
             network = self.before.build_network() if before is None else before
             if self.max_width is not None:
                 network = _refined(network, self, self.max_width)
-            return _deepened(network, self) if self.more_layers else network
+            network = _deepened(network, self) if self.more_layers else network
+            return _with_processes(network, self) if self.processes else network
         try:
             return NETWORKS[self.network](self, **(self.settings or {}))
         except TypeError as error:
@@ -153,6 +160,11 @@ def _refined(network: nn.Module, recipe: Recipe, max_width: float) -> SetTransfo
 def _deepened(network: nn.Module, recipe: Recipe) -> nn.Module:
     assert isinstance(network, SetTransformer | SetClassifier)
     return network.deepened(recipe.more_layers, recipe.seed)
+
+
+def _with_processes(network: nn.Module, recipe: Recipe) -> nn.Module:
+    assert isinstance(network, SetTransformer)
+    return network.with_processes(recipe.processes, recipe.seed)
 
 
 def _outcomes(recipe: Recipe) -> Tensor:

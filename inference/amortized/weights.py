@@ -83,7 +83,7 @@ def _digest(network: nn.Module, card: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps([describe(network), rest], sort_keys=True).encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -20,6 +20,9 @@ from bayesnn.inference.amortized.weights import load_network, load_pretrained, p
 BORDERS = prior_borders(torch.linspace(-3, 3, 100), 12).tolist()
 MAKERS = {
     "transformer": lambda: SetTransformer(4, BORDERS, (1.0, 1.0), width=16, num_layers=3, num_heads=2, seed=0),
+    "processes": lambda: SetTransformer(
+        4, BORDERS, (1.0, 1.0), width=16, num_layers=3, num_heads=2, seed=0, num_processes=2
+    ),
     "deep_set": lambda: DeepSetNetwork(4, width=16, seed=0),
 }
 

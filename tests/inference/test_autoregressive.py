@@ -21,6 +21,9 @@ BORDERS = prior_borders(torch.linspace(-3, 3, 100), 30).tolist()
 def random_network(kind, seed=1):
     network = {
         "transformer": lambda: SetTransformer(2, BORDERS, (1.0, 1.0), width=16, num_layers=3, num_heads=2),
+        "processes": lambda: SetTransformer(
+            2, BORDERS, (1.0, 1.0), width=16, num_layers=3, num_heads=2, num_processes=2
+        ),
         "deep set": lambda: DeepSetNetwork(2, width=16),
     }[kind]().double()
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +91,7 @@ def test_a_transformer_s_context_does_not_see_what_it_is_extended_by():
     torch.testing.assert_close(extended.keys[0][..., :3, :], whole.keys[0][..., 2:5, :])
 
 
-@pytest.mark.parametrize("kind", ["transformer", "deep set"])
+@pytest.mark.parametrize("kind", ["transformer", "processes", "deep set"])
 def test_the_joint_density_is_the_chain_rule(kind):
     network, (X, y), (at, values) = random_network(kind), rows(1, 5), rows(4, seed=1)
     posterior = Autoregressive(network, network.encode(X, y), at, of_observations=True)
@@ -130,7 +133,7 @@ def test_draws_of_a_conjugate_model():
 
 
 @pytest.mark.parametrize("of_observations", [False, True])
-@pytest.mark.parametrize("kind", ["transformer", "deep set"])
+@pytest.mark.parametrize("kind", ["transformer", "processes", "deep set"])
 def test_draws_over_a_batch_are_those_of_its_parts(kind, of_observations):
     network, (X, y), (at, _) = random_network(kind), rows(2, 5), rows(3, 4, seed=1)
     cache = network.encode(X, y)  # two outputs, on inputs of their own

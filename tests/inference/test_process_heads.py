@@ -1,0 +1,155 @@
+"""Gaussian processes beside a transformer's histograms, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from bayesnn.histogram import prior_borders
+from bayesnn.inference.amortized.process_heads import ProcessHeads, bucket_probabilities
+from bayesnn.inference.amortized.tasks.covariances import JITTER, centred, conditional, matern32
+from bayesnn.inference.amortized.transformer import SetTransformer
+from bayesnn.inference.amortized.warped_processes import WarpedProcesses
+
+BORDERS = prior_borders(torch.linspace(-3, 3, 100), 12).tolist()
+SIZES = {"width": 16, "num_layers": 2, "num_heads": 2}
+
+
+def normals(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def some_processes():
+    """Two for each of three batch elements, of four features of which the last doesn't count."""
+    sharpness = (0.5 * normals(3, 2, 4, seed=1)).exp() * torch.tensor([1.0, 1.0, 1.0, 0.0])
+    amplitude, noise = (0.3 * normals(3, 2, seed=2)).exp(), 0.1 * (0.3 * normals(3, 2, seed=3)).exp()
+    return WarpedProcesses.prior(sharpness, 0.2 * normals(3, 2, 4, 4, seed=4), amplitude, noise)
+
+
+def by_hand(processes, index, h, X, y, queries):
+    """Mean, variance and evidence from the covariance of ``tasks.covariances``, with the warp as a loop over powers."""
+    coefficients = processes.warp[index, h]
+
+    def kernel(first, second):
+        bent = [
+            points + sum(coefficients[:, p - 2] * (points / math.sqrt(3)) ** p for p in range(2, 6))
+            for points in (first, second)
+        ]
+        return matern32(*(points * processes.sharpness[index, h] for points in bent))
+
+    covariance = processes.amplitude[index, h].square() * centred(kernel, torch.cat([X[index], queries[index]]))
+    noise_var = processes.noise[index, h].square() - JITTER  # which ``conditional`` adds
+    return conditional(covariance, noise_var, y[index], len(X[index]))
+
+
+def test_exact_answers():
+    """Equal to the closed form, for every process and element of the batch."""
+    X, y, queries = (2 * normals(3, 6, 4, seed=5)).clamp(-1.7, 1.7), normals(3, 6, 1, seed=6), normals(3, 5, 4, seed=7)
+    queries = queries.clamp(-1.7, 1.7)
+    given = some_processes().given(X, y)
+    mean, variance = given.at(queries)
+    for index in range(3):
+        for h in range(2):
+            wanted_mean, wanted_variance, evidence = by_hand(given, index, h, X, y, queries)
+            torch.testing.assert_close(mean[index, h], wanted_mean, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(variance[index, h] + JITTER, wanted_variance, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(given.log_evidence[index, h], evidence, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_may_come_in_parts():
+    """The factor that grows is that of all rows, in any order, also from none; one row twice is no obstacle."""
+    X, y, queries = normals(3, 7, 4), normals(3, 7, 1, seed=1), normals(3, 5, 4, seed=2)
+    X[:, 6] = X[:, 0]
+    whole = some_processes().given(X, y)
+    parts = some_processes().given(X[:, :0], y[:, :0]).given(X[:, 3:], y[:, 3:]).given(X[:, :3], y[:, :3])
+    for one, other in zip(whole.at(queries), parts.at(queries), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(whole.log_evidence, parts.log_evidence)
+    prior_mean, prior_variance = some_processes().at(queries)
+    assert not prior_mean.any() and bool((prior_variance > whole.at(queries)[1]).all())
+    wider = whole.expand((2, 3))
+    for one, other in zip(wider.flat().at(queries.repeat(2, 1, 1)), whole.at(queries), strict=True):
+        torch.testing.assert_close(one, other.repeat(2, 1, 1))
+
+
+def test_gradients_of_answers():
+    """In the inputs by finite differences, and finite where a query is a row of the context."""
+    X, y, queries = normals(3, 4, 4), normals(3, 4, 1, seed=1), normals(3, 2, 4, seed=2).requires_grad_()
+    given = some_processes().given(X, y)
+    assert torch.autograd.gradcheck(lambda queries: given.at(queries), (queries,), fast_mode=True)
+    at = X.clone().requires_grad_()
+    mean, variance = some_processes().given(at, y).at(at)
+    (gradient,) = torch.autograd.grad(mean.sum() + variance.sum(), at)
+    assert bool(gradient.isfinite().all()) and not gradient[..., 3].any() and bool(gradient[..., 0].any())
+
+
+def test_far_inputs_have_a_covariance():
+    """Where powers would run away, the warp is a shift."""
+    X, y = 1000 * normals(3, 6, 4), normals(3, 6, 1, seed=1)
+    mean, variance = some_processes().given(X, y).at(-X)
+    assert bool(mean.isfinite().all()) and bool((variance > 0).all())
+
+
+def test_bucket_probabilities():
+    """Differences of the normal distribution function, with gradients by finite differences."""
+    mean, std = normals(3, 2).requires_grad_(), (0.3 * normals(3, 2, seed=1)).exp().requires_grad_()
+    inner = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    found = bucket_probabilities(mean, std, inner)
+    below = Normal(mean[..., None], std[..., None]).cdf(inner)
+    torch.testing.assert_close(
+        found, torch.cat([below, torch.ones(3, 2, 1)], -1).diff(dim=-1, prepend=torch.zeros(3, 2, 1))
+    )
+    torch.testing.assert_close(found.sum(-1), torch.ones(3, 2, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda mean, std: bucket_probabilities(mean, std, inner), (mean, std))
+
+
+def test_the_mixture_written_out():
+    """Weights of the token and the evidence; of f the processes' normals, of y with their noise."""
+    heads = ProcessHeads(8, 2, 4).double()
+    heads.start(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.3 * normals(*parameter.shape, seed=parameter.numel()))
+    given = some_processes().given(normals(3, 4, 4), normals(3, 4, 1, seed=1))
+    mean, variance = given.at(normals(3, 5, 4, seed=2))
+    logits, tokens = normals(3, 5, 2, 7, seed=3), normals(3, 5, 8, seed=4)
+    inner = torch.linspace(-2, 2, 6, dtype=torch.float64)
+    found = heads.mixed(logits, tokens, given, mean, variance, inner)
+    torch.testing.assert_close(found.logsumexp(-1), torch.zeros(3, 5, 2, dtype=torch.float64))
+    raw, evidence = heads.weigh(tokens), given.log_evidence.log_softmax(-1)
+    for part in range(2):
+        share = raw[..., 3 * part : 3 * part + 3].clone()
+        share[..., 1:] += heads.trust * evidence[:, None]
+        share = share.softmax(-1)
+        wanted = share[..., :1] * logits[..., part, :].softmax(-1)
+        for h in range(2):
+            spread = (variance[:, h] + part * given.noise[:, h, None].square()).sqrt()
+            below = Normal(mean[:, h, :, None], spread[..., None]).cdf(inner)
+            masses = torch.nn.functional.pad(below, (1, 1), value=0.0)
+            masses[..., -1] = 1
+            wanted = wanted + share[..., h + 1, None] * masses.diff(dim=-1)
+        torch.testing.assert_close(found[..., part, :].exp(), wanted)
+
+
+def test_processes_for_a_trained_network():
+    """To begin with, most of the probability is the network's; all that is new is trained."""
+    network = SetTransformer(4, BORDERS, (1.0, 1.0), **SIZES).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * normals(*parameter.shape, seed=1))
+    twin = network.with_processes(3, seed=5)
+    X, y, queries = normals(2, 7, 4), normals(2, 7, 1, seed=1), normals(2, 5, 4, seed=2)
+    for old, new in zip(network(X, y, queries), twin(X, y, queries), strict=True):
+        assert bool((new.probs > 0.8 * old.probs).all()) and not torch.allclose(new.probs, old.probs, atol=1e-4)
+    sum(law.log_prob(normals(2, 5, seed=3)).sum() for law in twin(X, y, queries)).backward()
+    # The normalisation before the weights, which begin at 0, is reached once these have moved.
+    without = {name for name, value in twin.named_parameters() if not value.grad.any()}
+    assert without == {"processes.weigh.0.weight", "processes.weigh.0.bias"}
+    assert twin.deepened(1).processes.num_processes == 3
+    with pytest.raises(ValueError, match="num_processes must be of a network without any, found 3"):
+        twin.with_processes(2)
+    with pytest.raises(ValueError, match="num_processes must be"):
+        network.with_processes(0)
+    with pytest.raises(ValueError, match="num_processes must be"):
+        SetTransformer(4, BORDERS, (1.0, 1.0), num_processes=-1)
