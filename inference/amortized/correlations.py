@@ -34,12 +34,17 @@ class Context(NamedTuple):
     cache: Any
     common: Any = None
 
+    @property
+    def processes(self) -> Any:
+        """The Gaussian processes that a network has read off it, batch shape (*batch, m), if it does so."""
+        return getattr(self.cache, "processes", None)
+
 
 Marginals = Callable[[Context, Tensor], tuple[Distribution, ...]]
 """From a context and X (*batch, q, d) to the laws of f and of y, batch shape (*batch, q, m)."""
 
-Encode = Callable[[Tensor, Tensor], Context]
-"""From inputs (*batch, n, d) and outcomes (*batch, m, n, 1)."""
+Encode = Callable[[Tensor, Tensor, Any], Context]
+"""From inputs (*batch, n, d), outcomes (*batch, m, n, 1), and the processes read off the first of these rows, or None."""
 
 
 def correlations(marginals: Marginals, encode: Encode, context: Context, X: Tensor) -> Tensor:
@@ -88,7 +93,8 @@ def _conditional_mean(
     more_X = torch.cat([old.X.unsqueeze(-3).expand(*batch, k, n, d), rows.unsqueeze(-2).expand(*batch, k, 1, d)], -2)
     old_Y = old.Y.unsqueeze(-4).expand(*batch, k, m, n, 1)
     more_Y = torch.cat([old_Y, values[..., None, None].expand(*batch, k, m, 1, 1)], -2)
-    f, _ = marginals(encode(more_X, more_Y), X.unsqueeze(-3))
+    known = None if old.processes is None else old.processes.unsqueezed()
+    f, _ = marginals(encode(more_X, more_Y, known), X.unsqueeze(-3))
     return f.mean.movedim(-1, -3)  # (*batch, rows, q, m) -> (*batch, m, rows, q)
 
 

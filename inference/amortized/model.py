@@ -46,6 +46,9 @@ from bayesnn.predictive import Predictive
 MAX_SHARE = 0.9999
 """Most of the variance of y that is f's: where noise is scarce, a network's two answers may contradict each other."""
 
+FEW = 5
+"""Times as many rows as are added: what was read off the old ones then stays, as with a Gaussian process's fantasies."""
+
 Joint = Literal["copula", "autoregressive"]
 
 
@@ -204,16 +207,17 @@ class AmortizedModel(Model):
         self.__dict__["_own"] = frozen(self._asked, data.X)  # which models share, and so no submodule
         self._context = self._encode(data.X, data.Y.T.unsqueeze(-1))
 
-    def _encode(self, X: Tensor, Y: Tensor) -> Context:
+    def _encode(self, X: Tensor, Y: Tensor, known: Any = None) -> Context:
         n, k = X.shape[-2], self.neighbours
         if k is None or n <= k:
-            return self._encode_all(X, Y)
+            return self._encode_all(X, Y, known)
         some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values
         return Context(X, Y, None, self._encode_all(X[..., some, :], Y[..., some, :]))
 
-    def _encode_all(self, X: Tensor, Y: Tensor) -> Context:
+    def _encode_all(self, X: Tensor, Y: Tensor, known: Any = None) -> Context:
+        """Of all rows; ``known`` are processes read off the first of them, which are kept."""
         rows = X.unsqueeze(-3).expand(*Y.shape[:-2], *X.shape[-2:])
-        return Context(X, Y, self._own.encode(rows, Y))
+        return Context(X, Y, self._own.encode(rows, Y, **({} if known is None else {"processes": known})))
 
     def _marginals(self, context: Context, X: Tensor) -> tuple[Distribution, ...]:
         """The distributions of f and y at X (*batch, q, d) by themselves, batch shape (*batch, q, m)."""
@@ -282,7 +286,10 @@ class AmortizedModel(Model):
         return self._context.X.shape[:-2] if self._data is not None else torch.Size([])
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
-        """The model with more rows in its context: X (*batch, q, d), Y (*fantasies, *batch, q, m). Needs no training."""
+        """The model with more rows in its context: X (*batch, q, d), Y (*fantasies, *batch, q, m). Needs no training.
+
+        A network that reads hyperparameters off its context reads them anew, unless there are few rows for those that it has.
+        """
         scaled, observed = self._observed(X, Y)
         most, total = self.max_context, self._context.X.shape[-2] + scaled.shape[-2]
         if most is not None and self.neighbours is None and total > most:
@@ -297,7 +304,8 @@ class AmortizedModel(Model):
         rows = torch.cat([old.X.expand(*batch, *old.X.shape[-2:]), scaled.expand(*batch, *scaled.shape[-2:])], -2)
         outcomes = torch.cat([old.Y.expand(*batch, *old.Y.shape[-3:]), standardised], -2)
         conditioned = self._copy()
-        conditioned._context, conditioned._conditioned = self._encode(rows, outcomes), True
+        known = old.processes if FEW * scaled.shape[-2] <= old.X.shape[-2] else None
+        conditioned._context, conditioned._conditioned = self._encode(rows, outcomes, known), True
         return conditioned
 
     def _saved_arguments(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from bayesnn.checks import count, positives
 from bayesnn.configured import Configured
 from bayesnn.inference.amortized.attention import DistanceLayer
 from bayesnn.inference.amortized.process_heads import ProcessHeads
+from bayesnn.inference.amortized.refinement import refined
 from bayesnn.inference.amortized.warped_processes import WarpedProcesses
 
 
@@ -121,8 +122,20 @@ class SetTrunk(Configured, nn.Module):
         """What is embedded of outcomes (*batch, n, 1)."""
         return y
 
-    def encode(self, context_X: Tensor, context_y: Tensor, num_features: Tensor | None = None) -> ContextCache:
-        """Run the context through the network once; the arguments are those of :meth:`forward`."""
+    def encode(
+        self,
+        context_X: Tensor,
+        context_y: Tensor,
+        num_features: Tensor | None = None,
+        processes: WarpedProcesses | None = None,
+    ) -> ContextCache:
+        """Run the context through the network once.
+
+        Args:
+            context_X, context_y, num_features: as for :meth:`forward`.
+            processes: of a network that has some, those of the first rows by themselves, whose hyperparameters are kept, with
+                a batch shape that broadcasts; None: they are read off the context.
+        """
         batch, n, d = context_X.shape[:-2], context_X.shape[-2], context_X.shape[-1]
         if num_features is None:
             num_features = torch.full(batch, d, device=context_X.device)
@@ -131,7 +144,7 @@ class SetTrunk(Configured, nn.Module):
         places = self._places(context_X, features)
         tokens = self.embed_x(places) + self.embed_y(self._outcomes(context_y)) + summary
         tokens, places = (part.reshape(math.prod(batch), n, part.shape[-1]) for part in (tokens, places))
-        readers, nowhere = self._readers(summary)
+        readers = None if self.processes is None or processes is not None else self._readers(summary)
         keys, values = [], []
         for index, layer in enumerate(self._blocks):
             key, value = layer.keys_and_values(tokens, places)
@@ -139,13 +152,21 @@ class SetTrunk(Configured, nn.Module):
             values.append(value.reshape(*batch, *value.shape[1:]))
             if index + 1 < len(self._blocks):
                 tokens = layer(tokens, places, key, value)
-            if self.processes is not None:
-                readers = layer(readers, nowhere, key, value)
+            if readers is not None:
+                readers = layer(readers, readers.new_zeros(*readers.shape[:-1], self.max_features), key, value)
         cache = ContextCache(tuple(keys), tuple(values), summary, num_features)
         if self.processes is None:
             return cache
-        processes = self.processes.processes(readers.reshape(*batch, *readers.shape[1:]), num_features)
-        return cache._replace(processes=processes.given(self._padded(context_X), context_y))
+        padded = self._padded(context_X)
+        if readers is None:
+            assert processes is not None
+            processes = processes.expand(batch)
+        else:
+            processes = self.processes.processes(readers.reshape(*batch, *readers.shape[1:]), num_features)
+            if not self.training:  # it would cost three times as much
+                processes = refined(processes, padded, context_y)
+        known = processes.root.shape[-1]
+        return cache._replace(processes=processes.given(padded[..., known:, :], context_y[..., known:, :]))
 
     def extend(self, cache: ContextCache, X: Tensor, y: Tensor) -> ContextCache:
         """The cache with more rows, (*batch, k, d) and (*batch, k, 1), which attend to the context and to each other.
@@ -234,13 +255,10 @@ class SetTrunk(Configured, nn.Module):
             raise ValueError(f"X must have at most {self.max_features} columns, found {X.shape[-1]}")
         return F.pad(X, (0, self.max_features - X.shape[-1]))
 
-    def _readers(self, summary: Tensor) -> tuple[Tensor, Tensor]:
-        """The processes' tokens (B, H, width), and places for them (B, H, d)."""
-        summary = summary.reshape(-1, 1, summary.shape[-1])
-        if self.processes is None:
-            return summary, summary
-        tokens = self.processes.tokens + summary
-        return tokens, tokens.new_zeros(*tokens.shape[:-1], self.max_features)
+    def _readers(self, summary: Tensor) -> Tensor:
+        """The processes' tokens (B, H, width)."""
+        assert self.processes is not None
+        return self.processes.tokens + summary.reshape(-1, 1, summary.shape[-1])
 
     def _output(self, tokens: Tensor, X: Tensor, processes: WarpedProcesses | None) -> Tensor:
         """Numbers (B, q, num_outputs) of the tokens of queries at X (B, q, d)."""

@@ -108,6 +108,10 @@ class WarpedProcesses(NamedTuple):
         most = self.noise.dim() - 1
         return WarpedProcesses(*(part.expand(*batch, *part.shape[most:]) for part in self))
 
+    def unsqueezed(self) -> WarpedProcesses:
+        """With a dimension of size 1 before the last one of the batch."""
+        return WarpedProcesses(*(part.unsqueeze(self.noise.dim() - 2) for part in self))
+
     def flat(self) -> WarpedProcesses:
         """With one batch dimension."""
         most = self.noise.dim() - 1

@@ -8,6 +8,7 @@ from torch.distributions import Normal
 
 from bayesnn.histogram import prior_borders
 from bayesnn.inference.amortized.process_heads import ProcessHeads, bucket_probabilities
+from bayesnn.inference.amortized.refinement import LEAST_ROWS, MOST_ROWS, refined
 from bayesnn.inference.amortized.tasks.covariances import JITTER, centred, conditional, matern32
 from bayesnn.inference.amortized.transformer import SetTransformer
 from bayesnn.inference.amortized.warped_processes import WarpedProcesses
@@ -153,3 +154,54 @@ def test_processes_for_a_trained_network():
         network.with_processes(0)
     with pytest.raises(ValueError, match="num_processes must be"):
         SetTransformer(4, BORDERS, (1.0, 1.0), num_processes=-1)
+
+
+def waves(num_rows):
+    """Rows of a smooth function, which none of ``some_processes`` expects."""
+    X = (2 * normals(3, num_rows, 4, seed=8)).clamp(-1.7, 1.7)
+    return X, (X[..., :1] + X[..., 1:2]).sin() + 0.01 * normals(3, num_rows, 1, seed=9)
+
+
+@pytest.mark.parametrize("num_rows", [LEAST_ROWS, MOST_ROWS + 50])
+def test_refined_processes(num_rows):
+    """They have more evidence, whatever the order of the rows and also where no gradients are wanted."""
+    X, y = waves(num_rows)
+    before, after = some_processes(), refined(some_processes(), X, y)
+    assert bool((after.given(X, y).log_evidence > before.given(X, y).log_evidence + 1).all())
+    assert torch.equal(after.sharpness > 0, before.sharpness > 0) and after.root.shape[-1] == 0
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        again = refined(some_processes(), X[:, order], y[:, order])
+    for one, other in zip(after, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_few_rows_refine_nothing():
+    X, y = waves(LEAST_ROWS - 1)
+    processes = some_processes()
+    assert refined(processes, X, y) is processes
+
+
+def test_refinement_lets_gradients_through():
+    """As if nothing had been moved: those of logarithms are those of the reading."""
+    noise = some_processes().noise.requires_grad_()
+    processes = some_processes()._replace(noise=noise)
+    after = refined(processes, *waves(LEAST_ROWS))
+    assert not torch.allclose(after.noise, noise)
+    (gradient,) = torch.autograd.grad(after.noise.log().sum(), noise)
+    torch.testing.assert_close(gradient, 1 / noise.detach())
+
+
+def test_processes_that_were_read_are_kept():
+    """More rows with the hyperparameters of the first ones; in training nothing is refined."""
+    network = SetTransformer(4, BORDERS, (1.0, 1.0), **SIZES, num_processes=2).double().eval()
+    X, y = waves(30)
+    first = network.encode(X[:, :25], y[:, :25])
+    whole = network.encode(X, y, processes=first.processes)
+    assert torch.equal(whole.processes.sharpness, first.processes.sharpness)
+    torch.testing.assert_close(whole.processes.root, first.processes.given(X[:, 25:], y[:, 25:]).root)
+    anew = network.encode(X, y)
+    assert not torch.allclose(anew.processes.noise, first.processes.noise)
+    assert torch.equal(anew.keys[0], whole.keys[0])
+    trained = network.train().encode(X, y)
+    assert not torch.allclose(trained.processes.noise, anew.processes.noise)

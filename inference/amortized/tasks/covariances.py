@@ -86,8 +86,9 @@ def check_kernels(name: str, values: Sequence[str]) -> tuple[str, ...]:
 @cache
 def reference_inputs(num_features: int) -> Tensor:
     """Points (64, d) that stand for the region where data are, uniform in the cube of unit variance."""
-    uniform = torch.quasirandom.SobolEngine(num_features).draw(NUM_REFERENCE + 1)[1:].double()
-    return (uniform - 0.5) * math.sqrt(12)
+    with torch.inference_mode(False):  # they are kept, and gradients may need them later
+        uniform = torch.quasirandom.SobolEngine(num_features).draw(NUM_REFERENCE + 1)[1:].double()
+        return (uniform - 0.5) * math.sqrt(12)
 
 
 def centred(kernel: Callable[[Tensor, Tensor], Tensor], X: Tensor) -> Tensor:
