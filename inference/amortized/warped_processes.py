@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayesnn.inference.amortized.tasks.covariances import reference_inputs
+from bayesnn.inference.amortized.tasks.covariances import NUM_REFERENCE, reference_inputs
 
-DEGREES = (2, 3, 4, 5)
+DEGREES = (2, 3, 4, 5)  # of the warp, by Horner's rule
 FAR = 1.5
 LEAST_VARIANCE = 1e-8
 
@@ -35,24 +35,24 @@ class WarpedProcesses(NamedTuple):
         warp: (*batch, H, d, 4) coefficients c.
         amplitude: (*batch, H).
         noise: (*batch, H) standard deviation.
-        reference: (*batch, H, 64, d) reference inputs in z, over which f averages 0.
-        within: (*batch, H) the mean of their kernel matrix.
-        places: (*batch, H, n, d) the rows in z.
-        own: (*batch, H, n) means of their kernel with the reference inputs.
+        within: (*batch, H) the mean of the kernel matrix of the R reference inputs, over which f averages 0.
+        places: (*batch, H, R + n, d) the reference inputs and the rows in z.
+        own: (*batch, H, n) means of the rows' kernel with the reference inputs.
         root: (*batch, H, n, n) Cholesky factor of :math:`K + \\sigma^2 I`.
         whitened: (*batch, H, n, 1) the factor's solution for y.
+        log_evidence: (*batch, H) log p(y) (Rasmussen and Williams, equation 2.30).
     """
 
     sharpness: Tensor
     warp: Tensor
     amplitude: Tensor
     noise: Tensor
-    reference: Tensor
     within: Tensor
     places: Tensor
     own: Tensor
     root: Tensor
     whitened: Tensor
+    log_evidence: Tensor
 
     @staticmethod
     def prior(sharpness: Tensor, warp: Tensor, amplitude: Tensor, noise: Tensor) -> WarpedProcesses:
@@ -61,47 +61,40 @@ class WarpedProcesses(NamedTuple):
         reference = _placed(sharpness, warp, reference_inputs(d).to(noise).expand(*noise.shape[:-1], -1, -1))
         within = _matern32(reference, reference).mean((-1, -2))
         none = noise.new_zeros(*noise.shape, 0)
-        places, root = (none[..., None].expand(*none.shape, size) for size in (d, 0))
-        return WarpedProcesses(
-            sharpness, warp, amplitude, noise, reference, within, places, none, root, none[..., None]
-        )
+        root, whitened, nothing = none[..., None].expand(*none.shape, 0), none[..., None], torch.zeros_like(noise)
+        return WarpedProcesses(sharpness, warp, amplitude, noise, within, reference, none, root, whitened, nothing)
 
     def given(self, X: Tensor, y: Tensor) -> WarpedProcesses:
         """Given more rows, (*batch, k, d) and (*batch, k, 1): the factor grows by blocks."""
         n, k = self.root.shape[-1], X.shape[-2]
-        places, own = self._seen(X)
-        noise = self.noise.square()[..., None, None] * torch.eye(k, dtype=self.noise.dtype, device=X.device)
-        covariance = self._covariance(places, places, own, own) + noise
-        outcomes = y.to(self.noise).unsqueeze(-3).expand(*self.noise.shape, k, 1)
-        if n == 0:
-            root = torch.linalg.cholesky(covariance)
-            whitened = torch.linalg.solve_triangular(root, outcomes, upper=False)
-            return self._replace(places=places, own=own, root=root, whitened=whitened)
-        cross = self._whitened_covariance(places, own)
-        below = torch.linalg.cholesky(covariance - cross.mT @ cross)
-        remains = torch.linalg.solve_triangular(below, outcomes - cross.mT @ self.whitened, upper=False)
-        upper = torch.cat([self.root, self.root.new_zeros(*self.root.shape[:-1], k)], -1)
+        places, own, cross = self._seen(X)
+        K = self._centred(_matern32(places, places), own, own)
+        K = K + self.noise.square()[..., None, None] * torch.eye(k, dtype=K.dtype, device=K.device)
+        remains = y.to(K).unsqueeze(-3).expand(*self.noise.shape, k, 1)
+        if n:
+            K, remains = K - cross.mT @ cross, remains - cross.mT @ self.whitened
+        root = torch.linalg.cholesky(K)
+        whitened = torch.linalg.solve_triangular(root, remains, upper=False)
+        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        evidence = -0.5 * whitened.square().sum((-1, -2)) - log_det - 0.5 * k * math.log(2 * math.pi)
+        if n:
+            upper = torch.cat([self.root, self.root.new_zeros(*self.root.shape[:-1], k)], -1)
+            root = torch.cat([upper, torch.cat([cross.mT, root], -1)], -2)
         return self._replace(
             places=torch.cat([self.places, places], -2),
             own=torch.cat([self.own, own], -1),
-            root=torch.cat([upper, torch.cat([cross.mT, below], -1)], -2),
-            whitened=torch.cat([self.whitened, remains], -2),
+            root=root,
+            whitened=torch.cat([self.whitened, whitened], -2),
+            log_evidence=self.log_evidence + evidence,
         )
 
     def at(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Means and variances (*batch, H, q) of f at X (*batch, q, d)."""
-        places, own = self._seen(X)
-        cross = self._whitened_covariance(places, own)
+        _, own, cross = self._seen(X)
         within = self.within[..., None]
         prior = self.amplitude.square()[..., None] * (1 + within - 2 * own) / _spread(within)
         mean = (cross.mT @ self.whitened)[..., 0]
         return mean, (prior - cross.square().sum(-2)).clamp_min(LEAST_VARIANCE)
-
-    @property
-    def log_evidence(self) -> Tensor:
-        """log p(y), (*batch, H) (Rasmussen and Williams, equation 2.30)."""
-        log_det = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * self.whitened.square().sum((-1, -2)) - log_det - 0.5 * self.root.shape[-1] * math.log(2 * math.pi)
 
     def expand(self, batch: Sequence[int]) -> WarpedProcesses:
         """The same for a larger batch shape."""
@@ -117,20 +110,21 @@ class WarpedProcesses(NamedTuple):
         most = self.noise.dim() - 1
         return WarpedProcesses(*(part.reshape(math.prod(part.shape[:most]), *part.shape[most:]) for part in self))
 
-    def _seen(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (*batch, n, d) in z, and the means (*batch, H, n) of their kernel with the reference inputs."""
+    def _seen(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (*batch, m, d) in z, the means (*batch, H, m) of their kernel with the reference inputs, and what the rows'
+        factor makes of their covariances with the rows, (*batch, H, n, m).
+        """
         places = _placed(self.sharpness, self.warp, X.to(self.noise))
-        return places, _matern32(places, self.reference).mean(-1)
+        kernel = _matern32(self.places, places)
+        own = kernel[..., :NUM_REFERENCE, :].mean(-2)
+        covariance = self._centred(kernel[..., NUM_REFERENCE:, :], self.own, own)
+        return places, own, torch.linalg.solve_triangular(self.root, covariance, upper=False)
 
-    def _whitened_covariance(self, places: Tensor, own: Tensor) -> Tensor:
-        covariance = self._covariance(self.places, places, self.own, own)
-        return torch.linalg.solve_triangular(self.root, covariance, upper=False)
-
-    def _covariance(self, first: Tensor, second: Tensor, own: Tensor, other: Tensor) -> Tensor:
-        """Of f at (*batch, H, n, d) and (*batch, H, m, d) in z: (*batch, H, n, m)."""
-        within = self.within[..., None, None]
-        centred = _matern32(first, second) - own[..., :, None] - other[..., None, :] + within
-        return self.amplitude.square()[..., None, None] * centred / _spread(within)
+    def _centred(self, kernel: Tensor, own: Tensor, other: Tensor) -> Tensor:
+        """The covariances of f from the kernel (*batch, H, n, m) and the means of both sides with the reference inputs."""
+        scale = self.amplitude.square() / _spread(self.within)
+        centred = kernel - own[..., :, None] - (other - self.within[..., None])[..., None, :]
+        return scale[..., None, None] * centred
 
 
 def _placed(sharpness: Tensor, warp: Tensor, X: Tensor) -> Tensor:
@@ -138,8 +132,10 @@ def _placed(sharpness: Tensor, warp: Tensor, X: Tensor) -> Tensor:
     X = X.unsqueeze(-3)
     # In [-1, 1] where the bounds are known; far outside, powers would run away.
     small = (X / math.sqrt(3)).clamp(-FAR, FAR)
-    powers = torch.stack([small**degree for degree in DEGREES], -1)
-    return (X + (warp.unsqueeze(-3) * powers).sum(-1)) * sharpness.unsqueeze(-2)
+    bend = warp.unsqueeze(-3)[..., -1] * small
+    for index in reversed(range(len(DEGREES) - 1)):
+        bend = (bend + warp.unsqueeze(-3)[..., index]) * small
+    return (X + bend * small) * sharpness.unsqueeze(-2)
 
 
 def _matern32(first: Tensor, second: Tensor) -> Tensor:
