@@ -26,25 +26,27 @@ class Context(NamedTuple):
     """Inputs (*batch, n, d), outcomes (*batch, m, n, 1), and the network's cache of them.
 
     Where each query has rows of its own there is no cache, but ``common``, a context of some rows for all queries, whose
-    answers tell how points go together.
+    answers tell how points go together. ``num_read`` is the number of rows that processes were read off, where the network
+    has some.
     """
 
     X: Tensor
     Y: Tensor
     cache: Any
     common: Any = None
+    num_read: int = 0
 
     @property
     def processes(self) -> Any:
-        """The Gaussian processes that a network has read off it, batch shape (*batch, m), if it does so."""
+        """The Gaussian processes of a network that reads some, batch shape (*batch, m); or None."""
         return getattr(self.cache, "processes", None)
 
 
 Marginals = Callable[[Context, Tensor], tuple[Distribution, ...]]
 """From a context and X (*batch, q, d) to the laws of f and of y, batch shape (*batch, q, m)."""
 
-Encode = Callable[[Tensor, Tensor, Any], Context]
-"""From inputs (*batch, n, d), outcomes (*batch, m, n, 1), and the processes read off the first of these rows, or None."""
+Encode = Callable[[Tensor, Tensor], Context]
+"""From inputs (*batch, n, d) and outcomes (*batch, m, n, 1)."""
 
 
 def correlations(marginals: Marginals, encode: Encode, context: Context, X: Tensor) -> Tensor:
@@ -93,8 +95,7 @@ def _conditional_mean(
     more_X = torch.cat([old.X.unsqueeze(-3).expand(*batch, k, n, d), rows.unsqueeze(-2).expand(*batch, k, 1, d)], -2)
     old_Y = old.Y.unsqueeze(-4).expand(*batch, k, m, n, 1)
     more_Y = torch.cat([old_Y, values[..., None, None].expand(*batch, k, m, 1, 1)], -2)
-    known = None if old.processes is None else old.processes.unsqueezed()
-    f, _ = marginals(encode(more_X, more_Y, known), X.unsqueeze(-3))
+    f, _ = marginals(encode(more_X, more_Y), X.unsqueeze(-3))
     return f.mean.movedim(-1, -3)  # (*batch, rows, q, m) -> (*batch, m, rows, q)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 QUERIES = 128  # that are answered at once: each has a context of its own
 
 
-def nearest_output(network: Any, X: Tensor, Y: Tensor, queries: Tensor, k: int) -> Tensor:
+def nearest_output(network: Any, X: Tensor, Y: Tensor, queries: Tensor, k: int, processes: Any = None) -> Tensor:
     """What the network's head gives at each query, with the k rows nearest to it as the context.
 
     Nearness is Euclidean; of equally near rows the first ones are taken. Every query is a context of its own to encode:
@@ -29,14 +29,16 @@ def nearest_output(network: Any, X: Tensor, Y: Tensor, queries: Tensor, k: int) 
         Y: (*batch, m, n, 1) their outcomes.
         queries: (*batch, q, d).
         k: rows for each query.
+        processes: Gaussian processes, read off some of the rows, whose hyperparameters all queries share; None: each reads
+            its own, if the network has some.
 
     Returns:
         (*batch, q, m, num_outputs).
     """
-    return torch.cat([_output(network, X, Y, some, k) for some in queries.split(QUERIES, -2)], -3)
+    return torch.cat([_output(network, X, Y, some, k, processes) for some in queries.split(QUERIES, -2)], -3)
 
 
-def _output(network: Any, X: Tensor, Y: Tensor, queries: Tensor, k: int) -> Tensor:
+def _output(network: Any, X: Tensor, Y: Tensor, queries: Tensor, k: int, processes: Any) -> Tensor:
     nearest = (
         torch.cdist(queries, X, compute_mode="donot_use_mm_for_euclid_dist")
         .sort(dim=-1, stable=True)
@@ -49,7 +51,8 @@ def _output(network: Any, X: Tensor, Y: Tensor, queries: Tensor, k: int) -> Tens
     whole = torch.broadcast_shapes(batch, Y.shape[:-3])  # with fantasies, which differ in outcomes alone
     values = Y[..., 0].unsqueeze(-3).expand(*whole, q, m, n)
     values = values.gather(-1, nearest.unsqueeze(-2).expand(*whole, q, m, k)).unsqueeze(-1)
-    cache = network.encode(rows.unsqueeze(-3).expand(*whole, q, m, k, d), values)
+    options = {} if processes is None else {"processes": processes.without_rows().unsqueezed()}
+    cache = network.encode(rows.unsqueeze(-3).expand(*whole, q, m, k, d), values, **options)
     at = queries.expand(*whole, q, d)[..., None, None, :].expand(*whole, q, m, 1, d)
     found: Tensor = network.query(cache, at).squeeze(-2)
     return found

@@ -23,6 +23,7 @@ from bayesnn.functions import FunctionDraw
 from bayesnn.histogram import Histogram
 from bayesnn.inference.amortized.autoregressive import Autoregressive
 from bayesnn.inference.amortized.correlations import Context, correlations, same_points
+from bayesnn.inference.amortized.evidence_ascent import LEAST_ROWS
 from bayesnn.inference.amortized.localised import nearest_output
 from bayesnn.inference.amortized.meta_training import MetaTarget, MetaTraining
 from bayesnn.inference.amortized.ranges import (
@@ -46,8 +47,13 @@ from bayesnn.predictive import Predictive
 MAX_SHARE = 0.9999
 """Most of the variance of y that is f's: where noise is scarce, a network's two answers may contradict each other."""
 
-FEW = 5
-"""Times as many rows as are added: what was read off the old ones then stays, as with a Gaussian process's fantasies."""
+OFFSET = 1.0
+"""How far, in standard deviations of the outcomes, their mean over the rows may be from the one over all inputs, for networks
+with processes: where an optimiser's rows lie together, it is often as much."""
+
+KEPT = 1.2
+"""Times as many rows as a network has read hyperparameters off, and at least 30: so far they are kept where a model is
+conditioned on more, as when a Gaussian process gets fantasies."""
 
 Joint = Literal["copula", "autoregressive"]
 
@@ -207,23 +213,28 @@ class AmortizedModel(Model):
         self.__dict__["_own"] = frozen(self._asked, data.X)  # which models share, and so no submodule
         self._context = self._encode(data.X, data.Y.T.unsqueeze(-1))
 
-    def _encode(self, X: Tensor, Y: Tensor, known: Any = None) -> Context:
+    def _encode(self, X: Tensor, Y: Tensor, known: Context | None = None) -> Context:
+        """Rows as a context; ``known`` is one of the first of them, whose processes are kept."""
         n, k = X.shape[-2], self.neighbours
         if k is None or n <= k:
-            return self._encode_all(X, Y, known)
+            found = self._encode_all(X, Y, None if known is None else known.processes)
+            return found if known is None else found._replace(num_read=known.num_read)
         some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values
         return Context(X, Y, None, self._encode_all(X[..., some, :], Y[..., some, :]))
 
-    def _encode_all(self, X: Tensor, Y: Tensor, known: Any = None) -> Context:
-        """Of all rows; ``known`` are processes read off the first of them, which are kept."""
-        rows = X.unsqueeze(-3).expand(*Y.shape[:-2], *X.shape[-2:])
-        return Context(X, Y, self._own.encode(rows, Y, **({} if known is None else {"processes": known})))
+    def _encode_all(self, X: Tensor, Y: Tensor, processes: Any = None) -> Context:
+        rows, options = X.unsqueeze(-3).expand(*Y.shape[:-2], *X.shape[-2:]), {}
+        if getattr(self._own, "process_heads", None) is not None:
+            options = {"processes": processes, "offset": OFFSET if self.likelihood.standardises else 0.0}
+        return Context(X, Y, self._own.encode(rows, Y, **options), num_read=X.shape[-2])
 
     def _marginals(self, context: Context, X: Tensor) -> tuple[Distribution, ...]:
         """The distributions of f and y at X (*batch, q, d) by themselves, batch shape (*batch, q, m)."""
         if context.cache is None:
             assert self.neighbours is not None
-            return self._own.distributions(nearest_output(self._own, context.X, context.Y, X, self.neighbours))
+            # Steps up the evidence for each query would cost several times as much as all else.
+            shared = context.common.processes if context.common.num_read >= LEAST_ROWS else None
+            return self._own.distributions(nearest_output(self._own, context.X, context.Y, X, self.neighbours, shared))
         output = self._own.query(context.cache, X.unsqueeze(-3))  # (*batch, m, q, …)
         outputs_at = max(X.dim(), context.Y.dim() - 1) - 2
         return self._own.distributions(output.transpose(outputs_at, outputs_at + 1))
@@ -242,7 +253,7 @@ class AmortizedModel(Model):
         f, y = self._marginals(self._context, X)
 
         def root() -> Tensor:
-            correlation = correlations(self._marginals, self._encode_all, self._context, X)
+            correlation = self._correlations(X)
             if of_observations:
                 # Noise is independent from point to point: it only dilutes the correlations.
                 share = (f.variance / y.variance).clamp_max(1).sqrt().mT
@@ -254,6 +265,14 @@ class AmortizedModel(Model):
             return found.gather(-2, first.expand(found.shape))
 
         return Copula(y if of_observations else f, root)  # which only draws need: it costs q contexts
+
+    def _correlations(self, X: Tensor) -> Tensor:
+        """Of f between the points of each t-batch element, (*batch, m, q, q)."""
+        context = self._context if self._context.common is None else self._context.common
+        if context.processes is None:
+            return correlations(self._marginals, self._encode_all, self._context, X)
+        found: Tensor = self._own.correlations(context.cache, X.unsqueeze(-3))
+        return torch.where(same_points(X), torch.ones_like(found), found)
 
     def _predictive(self, X: Tensor) -> Predictive:
         f, y = self._marginals(self._context, X)
@@ -288,7 +307,9 @@ class AmortizedModel(Model):
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Self:
         """The model with more rows in its context: X (*batch, q, d), Y (*fantasies, *batch, q, m). Needs no training.
 
-        A network that reads hyperparameters off its context reads them anew, unless there are few rows for those that it has.
+        A network that reads hyperparameters off its context keeps them while there are at most a fifth more rows than it has
+        read, and reads them anew beyond, and below 30 rows. Gradients with respect to new rows don't pass through the steps
+        that improve what it reads.
         """
         scaled, observed = self._observed(X, Y)
         most, total = self.max_context, self._context.X.shape[-2] + scaled.shape[-2]
@@ -304,8 +325,8 @@ class AmortizedModel(Model):
         rows = torch.cat([old.X.expand(*batch, *old.X.shape[-2:]), scaled.expand(*batch, *scaled.shape[-2:])], -2)
         outcomes = torch.cat([old.Y.expand(*batch, *old.Y.shape[-3:]), standardised], -2)
         conditioned = self._copy()
-        known = old.processes if FEW * scaled.shape[-2] <= old.X.shape[-2] else None
-        conditioned._context, conditioned._conditioned = self._encode(rows, outcomes, known), True
+        kept = old.num_read >= LEAST_ROWS and rows.shape[-2] <= KEPT * old.num_read
+        conditioned._context, conditioned._conditioned = self._encode(rows, outcomes, old if kept else None), True
         return conditioned
 
     def _saved_arguments(self) -> dict[str, Any]:

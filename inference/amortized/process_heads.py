@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bayesnn.inference.amortized.warped_processes import DEGREES, WarpedProcesses
+from bayesnn.inference.amortized.warped_processes import DEGREES, LEAST_VARIANCE, WarpedProcesses
 
 # At the start: lengthscales of about sqrt(d), as the prior of search objectives has them, and noise of a tenth.
 LOG_SHARPNESS, LOG_NOISE = -1.0, -2.3
@@ -53,14 +53,14 @@ class ProcessHeads(nn.Module):
         self.tokens = nn.Parameter(torch.zeros(num_processes, width))
         self.norm = nn.LayerNorm(width)
         num_read = (1 + len(DEGREES)) * max_features + 2
-        self.read = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, num_read))
+        self.reading = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, num_read))
         self.tell = nn.Linear(NUM_TOLD * num_processes, width)
         self.weigh = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * (num_processes + 1)))
         self.trust = nn.Parameter(torch.zeros(()))
 
     def start(self, generator: torch.Generator) -> None:
         """Processes that differ, a query's token untouched, and most of the probability the histogram's."""
-        last, weigh = self.read[-1], self.weigh[-1]
+        last, weigh = self.reading[-1], self.weigh[-1]
         assert isinstance(last, nn.Linear) and isinstance(weigh, nn.Linear)
         with torch.no_grad():
             self.tokens.normal_(generator=generator)
@@ -71,19 +71,21 @@ class ProcessHeads(nn.Module):
             weigh.bias[:: self.num_processes + 1] = OWN_LOGIT
             self.trust.fill_(TRUST)
 
-    def processes(self, tokens: Tensor, num_features: Tensor) -> WarpedProcesses:
-        """What tokens (*batch, H, width) that have read a context of (*batch,) features say, given no rows yet."""
+    def read(self, tokens: Tensor, num_features: Tensor, offset: float = 0.0) -> WarpedProcesses:
+        """What tokens (*batch, H, width) that have attended to a context of (*batch,) features say, given no rows yet."""
         d = self.max_features
-        read = self.read(self.norm(tokens)).double()
+        read = self.reading(self.norm(tokens)).double()
         log_sharpness, warp, log_amplitude, log_noise = read.split([d, len(DEGREES) * d, 1, 1], -1)
         features = num_features.double()[..., None, None]
         log_sharpness = (LOG_SHARPNESS + log_sharpness - 0.5 * features.log()).clamp(max=MOST_LOG_SHARPNESS)
         counts = torch.arange(d, device=tokens.device) < features
+        noise = (LOG_NOISE + log_noise[..., 0]).clamp(*LOG_NOISE_RANGE).exp()
         return WarpedProcesses.prior(
             log_sharpness.exp() * counts,
             WARP * warp.unflatten(-1, (d, len(DEGREES))),
             log_amplitude[..., 0].clamp(-MOST_LOG_AMPLITUDE, MOST_LOG_AMPLITUDE).exp(),
-            (LOG_NOISE + log_noise[..., 0]).clamp(*LOG_NOISE_RANGE).exp(),
+            noise,
+            torch.full_like(noise, offset),
         )
 
     def told(self, processes: WarpedProcesses, mean: Tensor, variance: Tensor) -> Tensor:
@@ -115,6 +117,19 @@ class ProcessHeads(nn.Module):
             probs = (log_weights[..., None, 1:].exp() @ bucket_probabilities(mean, std, inner))[..., 0, :]
         return torch.logaddexp(log_weights[..., :1] + logits.log_softmax(-1), probs.clamp_min(SMALLEST).log())
 
+    def correlations(self, processes: WarpedProcesses, X: Tensor, q: int) -> Tensor:
+        r"""Correlations (B, E, q, q) of f within groups of q rows of X (B, E q, d).
+
+        Of the mixture of processes alone, weighted by their evidence as far as it is trusted:
+        :math:`\mathrm{Cov}(f_i, f_j) = \sum_h w_h (c_{hij} + (m_{hi} - \bar m_i)(m_{hj} - \bar m_j))`.
+        """
+        weights = (self.trust.double() * _relative_evidence(processes, -30.0)).softmax(-1)[:, :, None, None]
+        mean, covariance = processes.joint(X, q)
+        away = mean - (weights * mean).sum(1, keepdim=True)
+        covariance = (weights[..., None] * (covariance + away[..., :, None] * away[..., None, :])).sum(1)
+        std = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(LEAST_VARIANCE).sqrt()
+        return (covariance / (std[..., :, None] * std[..., None, :])).clamp(-1, 1).to(X)
+
 
 def _relative_evidence(processes: WarpedProcesses, least: float) -> Tensor:
     """Log posterior probabilities (B, H) of the processes under a uniform prior, clamped."""
@@ -141,9 +156,9 @@ class _BucketProbabilities(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         std, z = ctx.saved_tensors
         # A border that moves takes from one bucket what it gives to the next.
-        flow = torch.exp(-0.5 * z.square()).mul_(grad[..., :-1] - grad[..., 1:])
+        flow = torch.exp(-0.5 * z.square()) * (grad[..., :-1] - grad[..., 1:])
         factor = -1 / (math.sqrt(2 * math.pi) * std)
-        return factor * flow.sum(-1), factor * flow.mul_(z).sum(-1), None
+        return factor * flow.sum(-1), factor * (flow * z).sum(-1), None
 
 
 def bucket_probabilities(mean: Tensor, std: Tensor, inner: Tensor) -> Tensor:

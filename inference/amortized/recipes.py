@@ -42,7 +42,8 @@ class Recipe(Configured):
             far as this prior's outcomes reach; the predictions at the start stay the same (but in the tails, where they get
             the new buckets' shape). None: they stay as they are.
         more_layers: with ``before``, so many are added to a transformer's or a classifier's, the identity at the start.
-        processes: with ``before``, so many Gaussian processes are added beside a transformer's histograms.
+        num_processes: with ``before``, so many Gaussian processes are added beside a transformer's histograms, see
+            ``process_heads``.
 
     Raises:
         ValueError: for an unknown kind of network, numbers out of range, a ``max_width`` of a network without histograms, or
@@ -59,11 +60,11 @@ class Recipe(Configured):
     before: Recipe | None = None
     max_width: float | None = None
     more_layers: int = 0
-    processes: int = 0
+    num_processes: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, partial(count, least=3), "num_buckets")
-        check_fields(self, partial(count, least=0), "seed", "more_layers", "processes")
+        check_fields(self, partial(count, least=0), "seed", "more_layers", "num_processes")
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             raise ValueError(f"name must be a file's name of letters, digits, '-', '_' and '.', found {self.name!r}")
         if not isinstance(self.training, MetaTraining):
@@ -82,8 +83,10 @@ class Recipe(Configured):
             raise ValueError("max_width refines the network of a recipe before, and there is none: choose num_buckets")
         if self.before is None and self.more_layers:
             raise ValueError("more_layers deepens the network of a recipe before, and there is none: choose num_layers")
-        if self.before is None and self.processes:
-            raise ValueError("processes are added to the network of a recipe before, and there is none: take settings")
+        if self.before is None and self.num_processes:
+            raise ValueError(
+                "num_processes are added to the network of a recipe before, and there is none: take settings"
+            )
         if self.before is not None:
             self._check_before(self.before)
 
@@ -104,8 +107,8 @@ class Recipe(Configured):
             positive("max_width", self.max_width)
             if self.network != "transformer":
                 raise ValueError(f"max_width is of histograms, which a network of kind {self.network!r} doesn't have")
-        if self.processes and self.network != "transformer":
-            raise ValueError(f"processes are of transformers, a network of kind {self.network!r} has none")
+        if self.num_processes and self.network != "transformer":
+            raise ValueError(f"num_processes is of transformers, a network of kind {self.network!r} has none")
         if self.more_layers and self.network == "deep-set":
             raise ValueError("more_layers is of transformers, a network of kind 'deep-set' has none")
 
@@ -123,7 +126,7 @@ class Recipe(Configured):
             if self.max_width is not None:
                 network = _refined(network, self, self.max_width)
             network = _deepened(network, self) if self.more_layers else network
-            return _with_processes(network, self) if self.processes else network
+            return _with_processes(network, self) if self.num_processes else network
         try:
             return NETWORKS[self.network](self, **(self.settings or {}))
         except TypeError as error:
@@ -164,7 +167,7 @@ def _deepened(network: nn.Module, recipe: Recipe) -> nn.Module:
 
 def _with_processes(network: nn.Module, recipe: Recipe) -> nn.Module:
     assert isinstance(network, SetTransformer)
-    return network.with_processes(recipe.processes, recipe.seed)
+    return network.with_processes(recipe.num_processes, recipe.seed)
 
 
 def _outcomes(recipe: Recipe) -> Tensor:

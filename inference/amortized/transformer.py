@@ -118,22 +118,24 @@ class SetTransformer(SetTrunk):
             ValueError: if ``num_processes`` isn't a whole number, at least 1, or the network has some already.
         """
         count("num_processes", num_processes)
-        if self.processes is not None:
-            raise ValueError(f"num_processes must be of a network without any, found {self.processes.num_processes}")
+        if self.process_heads is not None:
+            raise ValueError(
+                f"num_processes must be of a network without any, found {self.process_heads.num_processes}"
+            )
         twin = SetTransformer(**self._arguments | {"num_processes": num_processes, "seed": seed})
         twin.load_state_dict(twin.state_dict() | self.state_dict())
         return twin.to(self.borders)
 
     def _output(self, tokens: Tensor, X: Tensor, processes: WarpedProcesses | None) -> Tensor:
-        if self.processes is None or processes is None:
+        if self.process_heads is None or processes is None:
             return super()._output(tokens, X, processes)
         processes = processes.flat()
         mean, variance = processes.at(self._padded(X))
-        tokens = tokens + self.processes.told(processes, mean, variance)
+        tokens = tokens + self.process_heads.told(processes, mean, variance)
         logits = super()._output(tokens, X, None).unflatten(-1, (2, self.num_buckets))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         inner = self._borders(logits)[0][1:-1]
-        return self.processes.mixed(logits, tokens, processes, mean, variance, inner).flatten(-2)
+        return self.process_heads.mixed(logits, tokens, processes, mean, variance, inner).flatten(-2)
 
     def _borders(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Borders and tail scales; those of a network in half precision have lost their digits."""

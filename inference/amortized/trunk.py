@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from bayesnn.checks import count, positives
 from bayesnn.configured import Configured
 from bayesnn.inference.amortized.attention import DistanceLayer
+from bayesnn.inference.amortized.evidence_ascent import towards_evidence
 from bayesnn.inference.amortized.process_heads import ProcessHeads
-from bayesnn.inference.amortized.refinement import refined
 from bayesnn.inference.amortized.warped_processes import WarpedProcesses
 
 
@@ -95,13 +95,13 @@ class SetTrunk(Configured, nn.Module):
         self.layers = nn.ModuleList(DistanceLayer(width, num_heads, expansion, max_features) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, num_outputs))
-        self.processes = ProcessHeads(width, num_processes, max_features) if num_processes else None
+        self.process_heads = ProcessHeads(width, num_processes, max_features) if num_processes else None
         generator = torch.Generator().manual_seed(seed)
         _initialise(self, generator)
         for layer in self._blocks:
             layer.start()
-        if self.processes is not None:
-            self.processes.start(generator)
+        if self.process_heads is not None:
+            self.process_heads.start(generator)
 
     def forward(self, context_X: Tensor, context_y: Tensor, X: Tensor, num_features: Tensor | None = None) -> Any:
         """The distributions at every query by itself.
@@ -128,13 +128,16 @@ class SetTrunk(Configured, nn.Module):
         context_y: Tensor,
         num_features: Tensor | None = None,
         processes: WarpedProcesses | None = None,
+        offset: float = 0.0,
     ) -> ContextCache:
         """Run the context through the network once.
 
         Args:
             context_X, context_y, num_features: as for :meth:`forward`.
-            processes: of a network that has some, those of the first rows by themselves, whose hyperparameters are kept, with
-                a batch shape that broadcasts; None: they are read off the context.
+            processes: of a network that has some, those of the first rows by themselves (or of none), whose hyperparameters
+                are kept, with a batch shape that broadcasts; None: they are read off the context.
+            offset: standard deviation of an unknown constant in processes that are read, for outcomes that aren't in the
+                prior's units, but centred by their own mean.
         """
         batch, n, d = context_X.shape[:-2], context_X.shape[-2], context_X.shape[-1]
         if num_features is None:
@@ -144,7 +147,7 @@ class SetTrunk(Configured, nn.Module):
         places = self._places(context_X, features)
         tokens = self.embed_x(places) + self.embed_y(self._outcomes(context_y)) + summary
         tokens, places = (part.reshape(math.prod(batch), n, part.shape[-1]) for part in (tokens, places))
-        readers = None if self.processes is None or processes is not None else self._readers(summary)
+        readers = None if self.process_heads is None or processes is not None else self._readers(summary)
         keys, values = [], []
         for index, layer in enumerate(self._blocks):
             key, value = layer.keys_and_values(tokens, places)
@@ -155,18 +158,18 @@ class SetTrunk(Configured, nn.Module):
             if readers is not None:
                 readers = layer(readers, readers.new_zeros(*readers.shape[:-1], self.max_features), key, value)
         cache = ContextCache(tuple(keys), tuple(values), summary, num_features)
-        if self.processes is None:
+        if self.process_heads is None:
             return cache
         padded = self._padded(context_X)
         if readers is None:
             assert processes is not None
             processes = processes.expand(batch)
         else:
-            processes = self.processes.processes(readers.reshape(*batch, *readers.shape[1:]), num_features)
+            processes = self.process_heads.read(readers.reshape(*batch, *readers.shape[1:]), num_features, offset)
             if not self.training:  # it would cost three times as much
-                processes = refined(processes, padded, context_y)
-        known = processes.root.shape[-1]
-        return cache._replace(processes=processes.given(padded[..., known:, :], context_y[..., known:, :]))
+                processes = towards_evidence(processes, padded, context_y)
+        num_known = processes.root.shape[-1]
+        return cache._replace(processes=processes.given(padded[..., num_known:, :], context_y[..., num_known:, :]))
 
     def extend(self, cache: ContextCache, X: Tensor, y: Tensor) -> ContextCache:
         """The cache with more rows, (*batch, k, d) and (*batch, k, 1), which attend to the context and to each other.
@@ -202,11 +205,8 @@ class SetTrunk(Configured, nn.Module):
         Returns:
             (*extra, *batch, q, num_outputs).
         """
-        batch = cache.num_features.shape
-        shape = torch.broadcast_shapes(X.shape[:-2], batch)
-        q, d = X.shape[-2:]
-        num_batch, num_extra = math.prod(batch), math.prod(shape[: len(shape) - len(batch)])
-        rows = X.expand(*shape, q, d).reshape(num_extra, num_batch, q, d).movedim(0, 1).reshape(num_batch, -1, d)
+        shape, rows = _rows_of_contexts(X, cache)
+        num_batch, num_extra, q = len(rows), math.prod(shape) // max(len(rows), 1), X.shape[-2]
         features = cache.num_features.to(X).reshape(num_batch)
         places = self._places(rows, features)
         tokens = self.embed_x(places) + self.query_token + cache.summary.reshape(num_batch, 1, -1)
@@ -217,6 +217,16 @@ class SetTrunk(Configured, nn.Module):
             self._output(tokens, rows, cache.processes).reshape(num_batch, num_extra, q, self.num_outputs).movedim(1, 0)
         )
         return output.reshape(*shape, q, self.num_outputs)
+
+    def correlations(self, cache: ContextCache, X: Tensor) -> Tensor:
+        """Correlations of f between the points X (*extra, *batch, q, d), as for :meth:`query`: (*extra, *batch, q, q).
+
+        Those of the Gaussian processes of a network that has some, see ``ProcessHeads.correlations``.
+        """
+        assert self.process_heads is not None and cache.processes is not None
+        shape, rows = _rows_of_contexts(X, cache)
+        found = self.process_heads.correlations(cache.processes.flat(), self._padded(rows), X.shape[-2])
+        return found.movedim(1, 0).reshape(*shape, *found.shape[-2:])
 
     def deepened(self, num_layers: int, seed: int = 0) -> Self:
         """The same network with more layers at its end, each the identity to begin with, so that its answers stay the same.
@@ -257,13 +267,22 @@ class SetTrunk(Configured, nn.Module):
 
     def _readers(self, summary: Tensor) -> Tensor:
         """The processes' tokens (B, H, width)."""
-        assert self.processes is not None
-        return self.processes.tokens + summary.reshape(-1, 1, summary.shape[-1])
+        assert self.process_heads is not None
+        return self.process_heads.tokens + summary.reshape(-1, 1, summary.shape[-1])
 
     def _output(self, tokens: Tensor, X: Tensor, processes: WarpedProcesses | None) -> Tensor:
         """Numbers (B, q, num_outputs) of the tokens of queries at X (B, q, d)."""
         output: Tensor = self.head(self.norm(tokens))
         return output
+
+
+def _rows_of_contexts(X: Tensor, cache: ContextCache) -> tuple[torch.Size, Tensor]:
+    """The broadcast shape (*extra, *batch) of X (*extra, *batch, q, d), and each context's rows (B, extra q, d)."""
+    batch = cache.num_features.shape
+    shape = torch.broadcast_shapes(X.shape[:-2], batch)
+    num_batch, num_extra = math.prod(batch), math.prod(shape[: len(shape) - len(batch)])
+    rows = X.expand(*shape, *X.shape[-2:]).reshape(num_extra, num_batch, *X.shape[-2:]).movedim(0, 1)
+    return shape, rows.reshape(num_batch, num_extra * X.shape[-2], X.shape[-1])
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:

@@ -7,8 +7,9 @@ With hyperparameters :math:`\ell_d` (lengthscales), c (a warp), a (amplitude) an
     f \mid D \text{ at } x \sim N\bigl(k^\top (K + \sigma^2 I)^{-1} y,\; k(x, x) - k^\top (K + \sigma^2 I)^{-1} k\bigr)
 
 (Rasmussen and Williams, 2006, equations 2.23-2.24), where k is :math:`a^2` times the Matérn-3/2 kernel of z, centred and
-scaled over reference inputs as standardised outcomes are (``tasks.covariances.centred``). All of it is in float64: where
-observations are precise, K has no digits to spare.
+scaled over reference inputs as the outcomes of tasks are (``tasks.covariances.centred``), plus the variance of an unknown
+constant: outcomes that were standardised by their own rows' mean are off by as much as that mean is. All of it is in float64:
+where observations are precise, K has no digits to spare.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor
 from bayesnn.inference.amortized.tasks.covariances import NUM_REFERENCE, reference_inputs
 
 DEGREES = (2, 3, 4, 5)  # of the warp, by Horner's rule
-FAR = 1.5
-LEAST_VARIANCE = 1e-8
+FAR = 1.5  # times the bounds of a uniform input: the warp is a shift beyond
+LEAST_VARIANCE = 1e-8  # of f, in place of what rounding may make negative
 
 
 class WarpedProcesses(NamedTuple):
@@ -35,6 +36,7 @@ class WarpedProcesses(NamedTuple):
         warp: (*batch, H, d, 4) coefficients c.
         amplitude: (*batch, H).
         noise: (*batch, H) standard deviation.
+        offset: (*batch, H) standard deviation of the constant.
         within: (*batch, H) the mean of the kernel matrix of the R reference inputs, over which f averages 0.
         places: (*batch, H, R + n, d) the reference inputs and the rows in z.
         own: (*batch, H, n) means of the rows' kernel with the reference inputs.
@@ -47,6 +49,7 @@ class WarpedProcesses(NamedTuple):
     warp: Tensor
     amplitude: Tensor
     noise: Tensor
+    offset: Tensor
     within: Tensor
     places: Tensor
     own: Tensor
@@ -55,14 +58,18 @@ class WarpedProcesses(NamedTuple):
     log_evidence: Tensor
 
     @staticmethod
-    def prior(sharpness: Tensor, warp: Tensor, amplitude: Tensor, noise: Tensor) -> WarpedProcesses:
+    def prior(sharpness: Tensor, warp: Tensor, amplitude: Tensor, noise: Tensor, offset: Tensor) -> WarpedProcesses:
         """Given no rows yet."""
         d = sharpness.shape[-1]
         reference = _placed(sharpness, warp, reference_inputs(d).to(noise).expand(*noise.shape[:-1], -1, -1))
         within = _matern32(reference, reference).mean((-1, -2))
-        none = noise.new_zeros(*noise.shape, 0)
-        root, whitened, nothing = none[..., None].expand(*none.shape, 0), none[..., None], torch.zeros_like(noise)
-        return WarpedProcesses(sharpness, warp, amplitude, noise, within, reference, none, root, whitened, nothing)
+        return WarpedProcesses(sharpness, warp, amplitude, noise, offset, within, reference, *_no_rows(noise))
+
+    def without_rows(self) -> WarpedProcesses:
+        """The prior again."""
+        own, root, whitened, log_evidence = _no_rows(self.noise)
+        places = self.places[..., :NUM_REFERENCE, :]
+        return self._replace(places=places, own=own, root=root, whitened=whitened, log_evidence=log_evidence)
 
     def given(self, X: Tensor, y: Tensor) -> WarpedProcesses:
         """Given more rows, (*batch, k, d) and (*batch, k, 1): the factor grows by blocks."""
@@ -93,8 +100,20 @@ class WarpedProcesses(NamedTuple):
         _, own, cross = self._seen(X)
         within = self.within[..., None]
         prior = self.amplitude.square()[..., None] * (1 + within - 2 * own) / _spread(within)
+        prior = prior + self.offset.square()[..., None]
         mean = (cross.mT @ self.whitened)[..., 0]
         return mean, (prior - cross.square().sum(-2)).clamp_min(LEAST_VARIANCE)
+
+    def joint(self, X: Tensor, q: int) -> tuple[Tensor, Tensor]:
+        """Means (*batch, H, E, q) and covariances (*batch, H, E, q, q) of f within groups of q rows of X (*batch, E q, d)."""
+        places, own, cross = self._seen(X)
+        places, own = places.unflatten(-2, (-1, q)), own.unflatten(-1, (-1, q))
+        mean = (cross.mT @ self.whitened)[..., 0].unflatten(-1, (-1, q))
+        cross = cross.unflatten(-1, (-1, q)).movedim(-2, -3)
+        within, scale = self.within[..., None], (self.amplitude.square() / _spread(self.within))[..., None]
+        prior = _matern32(places, places) - own[..., :, None] - (own - within[..., None])[..., None, :]
+        prior = scale[..., None, None] * prior + self.offset.square()[..., None, None, None]
+        return mean, prior - cross.mT @ cross
 
     def expand(self, batch: Sequence[int]) -> WarpedProcesses:
         """The same for a larger batch shape."""
@@ -124,7 +143,13 @@ class WarpedProcesses(NamedTuple):
         """The covariances of f from the kernel (*batch, H, n, m) and the means of both sides with the reference inputs."""
         scale = self.amplitude.square() / _spread(self.within)
         centred = kernel - own[..., :, None] - (other - self.within[..., None])[..., None, :]
-        return scale[..., None, None] * centred
+        return scale[..., None, None] * centred + self.offset.square()[..., None, None]
+
+
+def _no_rows(noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is known of no rows: own, root, whitened and log_evidence."""
+    none = noise.new_zeros(*noise.shape, 0)
+    return none, none[..., None].expand(*none.shape, 0), none[..., None], torch.zeros_like(noise)
 
 
 def _placed(sharpness: Tensor, warp: Tensor, X: Tensor) -> Tensor:

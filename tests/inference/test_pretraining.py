@@ -75,7 +75,7 @@ def test_a_network_covers_its_prior():
 def test_a_second_training(tmp_path):
     """It goes on from the first one's network, with finer histograms; from a file or from scratch: the same."""
     first = RECIPES["regression"]
-    changes = {"before": first, "max_width": 0.3, "more_layers": 1, "processes": 2}
+    changes = {"before": first, "max_width": 0.3, "more_layers": 1, "num_processes": 2}
     second = replace(first, name="second", training=replace(TRAINING, num_steps=3), seed=1, **changes)
     export(first, train(first, log=lambda line: None), 4, tmp_path, "a test", num_tasks=2)
     start, hardware = load_start(second, tmp_path / "tiny.safetensors")
@@ -84,7 +84,7 @@ def test_a_second_training(tmp_path):
     from_file = train(second, log=lambda line: None, start=start)
     assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), from_file.parameters(), strict=True))
     assert from_file.borders[1:-1].diff().max() <= 0.3 + 1e-6 and from_file.num_buckets > start.num_buckets
-    assert len(from_file.layers) == len(start.layers) + 1 and from_file.processes.num_processes == 2
+    assert len(from_file.layers) == len(start.layers) + 1 and from_file.process_heads.num_processes == 2
     for begin in (start, None):
         again, num_steps = from_checkpoint(second, tmp_path / "state", begin)
         assert num_steps == 3
@@ -141,16 +141,16 @@ def test_a_second_training_of_something_else(tmp_path):
             ValueError,
             "more_layers is of transformers, a network of kind 'deep-set' has none",
         ),
-        ({"processes": 1.5}, TypeError, "processes must be"),
+        ({"num_processes": 1.5}, TypeError, "num_processes must be"),
         (
-            {"before": None, "processes": 1},
+            {"before": None, "num_processes": 1},
             ValueError,
-            "processes are added to the network of a recipe before, and there is none",
+            "num_processes are added to the network of a recipe before, and there is none",
         ),
         (
-            {"before": RECIPES["deep set"], "network": "deep-set", "settings": {"width": 16}, "processes": 1},
+            {"before": RECIPES["deep set"], "network": "deep-set", "settings": {"width": 16}, "num_processes": 1},
             ValueError,
-            "processes are of transformers, a network of kind 'deep-set' has none",
+            "num_processes is of transformers, a network of kind 'deep-set' has none",
         ),
     ]:
         with pytest.raises(error, match=message):
