@@ -7,7 +7,7 @@ functions with a kink, with a jump and with fast waves,
 :math:`|\sin 3x|`, a step and :math:`\sin 12 x`, on inputs uniform over (-1.7, 1.7), noise of standard deviation 0.2. For
 each number of rows n, many data sets are drawn; the prediction's mean at 64 queries is compared with the truth: its squared
 bias (of the mean over data sets, corrected for its own variance) and its variance, both averaged over queries. ``all rows``
-is the shipped "gp-small", beyond the 100 rows that it was trained on too; ``localised`` restricts it to the
+is a shipped "gp-small", beyond the 100 rows that it was trained on too; ``localised`` restricts it to the
 :math:`k = 4 \sqrt n` rows nearest to each query, 100 at most.
 
 Nagler, Statistical foundations of prior-data fitted networks (ICML 2023), shows that the variance vanishes for both, and the

@@ -1,8 +1,8 @@
 """Models whose network has learned to answer from data: ``fit`` sets the context, a forward pass is the posterior.
 
 The networks predict every point by itself. Points are tied together by a Gaussian copula, whose correlations the network
-gives too: how far the prediction at one point moves when an observation at another comes out one standard deviation high. Or
-points are drawn one after the other, each given those before it.
+gives too: those of its Gaussian processes where it has some, or how far the prediction at one point moves when an observation
+at another comes out one standard deviation high. Or points are drawn one after the other, each given those before it.
 """
 
 from __future__ import annotations

@@ -121,15 +121,15 @@ def test_a_recipe_tells_its_network_how_far_its_prior_goes():
 
 
 def test_a_search_may_outgrow_the_network():
-    """It sees all rows, up to forty times as many as in training."""
+    """It sees all rows, up to twenty times as many as in training."""
     X, y = data(n=130)
     search = bayesnn.surrogate("pfn")
     found, expected = (
         model.fit(X, y).predict(X[:3]).mean for model in (search, PFN("bo", bounds=(0.0, 1.0), max_context=130))
     )
     assert torch.equal(found, expected)
-    with pytest.raises(ValueError, match="X must have at most 4000 rows"):
-        bayesnn.surrogate("pfn").fit(*data(n=4001))
+    with pytest.raises(ValueError, match="X must have at most 2000 rows"):
+        bayesnn.surrogate("pfn").fit(*data(n=2001))
     joint = search.posterior(X[:6]).rsample(torch.Size([500]))[..., 0]
     assert joint.shape == (500, 6) and float((joint.T.corrcoef().diagonal() - 1).abs().max()) < 1e-6
     space = {"a": (0.0, 1.0), "b": (0.0, 1.0)}

@@ -207,6 +207,6 @@ def test_more_points_than_the_network_was_trained_on_are_warned_of():
 
 def test_how_many_rows_surrogates_see():
     for joint in ("copula", "autoregressive"):
-        assert bayesnn.surrogate("pfn", joint=joint).max_context == 4000
+        assert bayesnn.surrogate("pfn", joint=joint).max_context == 2000
     assert bayesnn.surrogate("pfn", network="regression").max_context == 400
     assert bayesnn.surrogate("pfn", neighbours=50).max_context == 100
