@@ -22,9 +22,9 @@ class PFN(AmortizedModel):
     it were one of those, and refuses more rows, more features and values far outside what it was trained on (with
     ``neighbours`` there may be any number of rows).
 
-    An answer is one forward pass; of "bo", it is a mixture with Gaussian processes whose hyperparameters that pass reads off the
-    context and, from 30 rows on, five gradient steps improve (see ``process_heads`` and ``evidence_ascent``). Their time is
-    cubic in the rows and their memory quadratic: for 2,000 rows some 2 s, and 130 MB for each set of fantasies.
+    An answer is one forward pass; of "bo", it is a mixture with Gaussian processes whose hyperparameters that pass reads off
+    the context and, from 30 rows on, five gradient steps improve (see ``process_heads`` and ``evidence_ascent``). Their time
+    is cubic in the rows and their memory quadratic: for 2,000 rows some 2 s, and 130 MB for each set of fantasies.
 
     Args:
         network: a ``SetTransformer``, or the name of one that ships; "regression" by default.
