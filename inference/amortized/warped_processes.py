@@ -74,11 +74,16 @@ class WarpedProcesses(NamedTuple):
     def given(self, X: Tensor, y: Tensor) -> WarpedProcesses:
         """Given more rows, (*batch, k, d) and (*batch, k, 1): the factor grows by blocks."""
         n, k = self.root.shape[-1], X.shape[-2]
-        places, own, cross = self._seen(X)
-        K = self._centred(_matern32(places, places), own, own)
-        K = K + self.noise.square()[..., None, None] * torch.eye(k, dtype=K.dtype, device=K.device)
+        places = _placed(self.sharpness, self.warp, X.to(self.noise))
+        kernel = _matern32(torch.cat([self.places, places], -2), places)
+        own = kernel[..., :NUM_REFERENCE, :].mean(-2)
+        covariance = self._centred(kernel[..., NUM_REFERENCE:, :], torch.cat([self.own, own], -1), own)
+        K = covariance[..., n:, :] + self.noise.square()[..., None, None] * torch.eye(
+            k, dtype=own.dtype, device=own.device
+        )
         remains = y.to(K).unsqueeze(-3).expand(*self.noise.shape, k, 1)
         if n:
+            cross = torch.linalg.solve_triangular(self.root, covariance[..., :n, :], upper=False)
             K, remains = K - cross.mT @ cross, remains - cross.mT @ self.whitened
         root = torch.linalg.cholesky(K)
         whitened = torch.linalg.solve_triangular(root, remains, upper=False)
