@@ -31,8 +31,9 @@ class DistanceLayer(nn.Module):
     def __init__(self, width: int, num_heads: int, expansion: int, max_features: int) -> None:
         super().__init__()
         self.num_heads, self.num_distances = num_heads, min(max_features, MOST_DISTANCES)
-        few = max_features <= MOST_DISTANCES
-        self.combine = nn.Identity() if few else nn.Linear(max_features, MOST_DISTANCES, bias=False)
+        self.head_width = width // num_heads
+        self.combines = max_features > MOST_DISTANCES
+        self.combine = nn.Identity() if not self.combines else nn.Linear(max_features, MOST_DISTANCES, bias=False)
         self.to_sharpness = nn.Linear(width, num_heads * self.num_distances)
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.to_query = nn.Linear(width, width)
@@ -68,20 +69,31 @@ class DistanceLayer(nn.Module):
         # Values as wide as the keys: the fused kernels want that.
         return key, F.pad(value, (0, key.shape[-1] - value.shape[-1]))
 
-    def forward(self, tokens: Tensor, places: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Tokens (B, q, width) at (B, q, d), keys and values of :meth:`keys_and_values`."""
-        normed = self.norm_attention(tokens)
-        heads, width = self.num_heads, self.merge.in_features // self.num_heads
-        query = self.to_query(normed).unflatten(-1, (heads, width)).transpose(1, 2)
-        log_sharpness = self.to_sharpness(normed).unflatten(-1, (heads, self.num_distances)).transpose(1, 2)
-        # Squared distances are differences of large numbers: never in half precision.
+    def basis(self, places: Tensor) -> Tensor:
+        """What a query's sharpnesses are multiplied with, (B, 1, q, 3, d): 2 x and -1 for the keys of rows, and x^2.
+
+        A weighted squared distance lacks its term of the query alone, which the null key, at distance 0, has with the other
+        sign.
+        """
         at = self.combine(places).unsqueeze(1)
+        # Squared distances are differences of large numbers: never in half precision.
         at = at.to(torch.promote_types(at.dtype, torch.float32))
-        sharpness = log_sharpness.clamp(max=MAX_LOG_SHARPNESS).to(at).exp() * math.sqrt(width)
-        of_null = (sharpness * at.square()).sum(-1, keepdim=True)
-        query = torch.cat([query.to(at), 2 * sharpness * at, -sharpness, of_null], -1)
+        return torch.stack([2 * at, -torch.ones_like(at), at.square()], -2) * math.sqrt(self.head_width)
+
+    def forward(self, tokens: Tensor, basis: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Tokens (B, q, width) with their :meth:`basis`, keys and values of :meth:`keys_and_values`."""
+        normed = self.norm_attention(tokens)
+        heads = self.num_heads
+        query = self.to_query(normed).unflatten(-1, (heads, self.head_width)).transpose(1, 2)
+        log_sharpness = self.to_sharpness(normed).unflatten(-1, (heads, self.num_distances)).transpose(1, 2)
+        sharpness = log_sharpness.clamp(max=MAX_LOG_SHARPNESS).to(basis).exp()
+        terms = sharpness.unsqueeze(-2) * basis
+        of_null = terms[..., 2, :].sum(-1, keepdim=True)
+        query = torch.cat([query.to(basis), terms[..., :2, :].flatten(-2), of_null], -1)
         with torch.autocast(query.device.type, enabled=False):
-            attended = F.scaled_dot_product_attention(query, key.to(at), value.to(at), scale=width**-0.5)
+            attended = F.scaled_dot_product_attention(
+                query, key.to(basis), value.to(basis), scale=self.head_width**-0.5
+            )
         attended = attended.to(value)
-        tokens = tokens + self.merge(attended[..., :width].transpose(1, 2).flatten(-2))
+        tokens = tokens + self.merge(attended[..., : self.head_width].transpose(1, 2).flatten(-2))
         return tokens + self.mlp(self.norm_mlp(tokens))

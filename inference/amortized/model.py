@@ -228,14 +228,14 @@ class AmortizedModel(Model):
             options = {"processes": processes, "offset": OFFSET if self.likelihood.standardises else 0.0}
         return Context(X, Y, self._own.encode(rows, Y, **options), num_read=X.shape[-2])
 
-    def _marginals(self, context: Context, X: Tensor) -> tuple[Distribution, ...]:
-        """The distributions of f and y at X (*batch, q, d) by themselves, batch shape (*batch, q, m)."""
+    def _marginals(self, context: Context, X: Tensor, latent_only: bool = False) -> tuple[Distribution, ...]:
+        """The distributions of f and y, or of f and perhaps y, at X (*batch, q, d), each alone: batch shape (*batch, q, m)."""
         if context.cache is None:
             assert self.neighbours is not None
             # Steps up the evidence for each query would cost several times as much as all else.
             shared = context.common.processes if context.common.num_read >= LEAST_ROWS else None
             return self._own.distributions(nearest_output(self._own, context.X, context.Y, X, self.neighbours, shared))
-        output = self._own.query(context.cache, X.unsqueeze(-3))  # (*batch, m, q, …)
+        output = self._own.query(context.cache, X.unsqueeze(-3), latent_only)  # (*batch, m, q, …)
         outputs_at = max(X.dim(), context.Y.dim() - 1) - 2
         return self._own.distributions(output.transpose(outputs_at, outputs_at + 1))
 
@@ -250,13 +250,13 @@ class AmortizedModel(Model):
             num_rows = self._context.X.shape[-2]
             most = None if self.max_context is None else self.max_context - num_rows + 1
             return Autoregressive(self._own, self._context.cache, X, of_observations, most)
-        f, y = self._marginals(self._context, X)
+        laws = self._marginals(self._context, X, latent_only=not of_observations)
 
         def root() -> Tensor:
             correlation = self._correlations(X)
             if of_observations:
                 # Noise is independent from point to point: it only dilutes the correlations.
-                share = (f.variance / y.variance).clamp_max(1).sqrt().mT
+                share = (laws[0].variance / laws[1].variance).clamp_max(1).sqrt().mT
                 diluted = correlation * share.unsqueeze(-1) * share.unsqueeze(-2)
                 return correlation_root(diluted + torch.diag_embed(1 - share.square()))
             found = correlation_root(correlation)
@@ -264,7 +264,7 @@ class AmortizedModel(Model):
             first = same_points(X).to(torch.int8).argmax(-1).unsqueeze(-1)
             return found.gather(-2, first.expand(found.shape))
 
-        return Copula(y if of_observations else f, root)  # which only draws need: it costs q contexts
+        return Copula(laws[1 if of_observations else 0], root)  # which only draws need: it costs q contexts
 
     def _correlations(self, X: Tensor) -> Tensor:
         """Of f between the points of each t-batch element, (*batch, m, q, q)."""

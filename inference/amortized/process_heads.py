@@ -98,23 +98,23 @@ class ProcessHeads(nn.Module):
     def mixed(
         self, logits: Tensor, tokens: Tensor, processes: WarpedProcesses, mean: Tensor, variance: Tensor, inner: Tensor
     ) -> Tensor:
-        """Log probabilities of buckets, for f and for y.
+        """Log probabilities of buckets, for f and for y or for f alone.
 
         Args:
-            logits: (B, q, 2, K) of the histograms of f and y.
+            logits: (B, q, L, K) of the histograms of f and y, L = 2, or of f, L = 1.
             tokens: (B, q, width), told of the processes.
             processes: of batch shape (B,).
             mean, variance: (B, H, q) of f.
             inner: (K-1,) the borders between buckets.
         """
-        weights = self.weigh(tokens).unflatten(-1, (2, self.num_processes + 1)).to(logits)
+        weights = self.weigh(tokens).unflatten(-1, (2, self.num_processes + 1))[..., : logits.shape[-2], :].to(logits)
         trusted = self.trust.to(logits) * _relative_evidence(processes, -30.0).to(logits)
         log_weights = (weights + F.pad(trusted, (1, 0))[:, None, None]).log_softmax(-1)
         observed = variance + processes.noise.square()[..., None]
-        std = torch.stack([variance, observed], -1).sqrt().to(logits).movedim(1, -1)  # (B, q, 2, H)
+        std = torch.stack([variance, observed][: logits.shape[-2]], -1).sqrt().to(logits).movedim(1, -1)  # (B, q, L, H)
         mean = mean.to(logits).movedim(1, -1)[..., None, :].expand_as(std)
         with torch.autocast(logits.device.type, enabled=False):
-            probs = (log_weights[..., None, 1:].exp() @ bucket_probabilities(mean, std, inner))[..., 0, :]
+            probs = bucket_probabilities(log_weights[..., 1:].exp(), mean, std, inner)
         return torch.logaddexp(log_weights[..., :1] + logits.log_softmax(-1), probs.clamp_min(SMALLEST).log())
 
     def correlations(self, processes: WarpedProcesses, X: Tensor, q: int) -> Tensor:
@@ -140,28 +140,36 @@ class _BucketProbabilities(torch.autograd.Function):
     """By hand: of what autograd makes of it, a training step would take a fifth longer."""
 
     @staticmethod
-    def forward(mean: Tensor, std: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(weights: Tensor, mean: Tensor, std: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = (inner - mean[..., None]).div_(std[..., None])
         below = torch.special.ndtr(z)
-        above = torch.special.ndtr(-z[..., -1:])
-        return torch.cat([below[..., :1], below.diff(dim=-1), above], -1), z
+        whole = (weights[..., None, :] @ below)[..., 0, :]
+        above = (weights * torch.special.ndtr(-z[..., -1])).sum(-1, keepdim=True)
+        return torch.cat([whole[..., :1], whole.diff(dim=-1), above], -1), z, below
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(inputs[1], output[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[0], inputs[2], *output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        std, z = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        weights, std, z, below = ctx.saved_tensors
         # A border that moves takes from one bucket what it gives to the next.
-        flow = torch.exp(-0.5 * z.square()) * (grad[..., :-1] - grad[..., 1:])
-        factor = -1 / (math.sqrt(2 * math.pi) * std)
-        return factor * flow.sum(-1), factor * (flow * z).sum(-1), None
+        flow = grad[..., :-1] - grad[..., 1:]
+        of_weights = (below @ flow[..., None])[..., 0] + grad[..., -1:]
+        density = z.square().mul_(-0.5).exp_()
+        of_mean = (density @ flow[..., None])[..., 0]
+        of_std = (density.mul_(z) @ flow[..., None])[..., 0]
+        factor = -weights / (math.sqrt(2 * math.pi) * std)
+        return of_weights, factor * of_mean, factor * of_std, None
 
 
-def bucket_probabilities(mean: Tensor, std: Tensor, inner: Tensor) -> Tensor:
-    """Of normals (*batch,): those of the K buckets that K-1 borders part, (*batch, K). Has first derivatives only."""
-    probs: Tensor = _BucketProbabilities.apply(mean, std, inner)[0]
+def bucket_probabilities(weights: Tensor, mean: Tensor, std: Tensor, inner: Tensor) -> Tensor:
+    """Of mixtures of H normals (*batch, H): those of the K buckets that K-1 borders part, (*batch, K).
+
+    Has first derivatives only.
+    """
+    probs: Tensor = _BucketProbabilities.apply(weights, mean, std, inner)[0]
     return probs

@@ -126,16 +126,22 @@ class SetTransformer(SetTrunk):
         twin.load_state_dict(twin.state_dict() | self.state_dict())
         return twin.to(self.borders)
 
-    def _output(self, tokens: Tensor, X: Tensor, processes: WarpedProcesses | None) -> Tensor:
+    def _output(self, tokens: Tensor, X: Tensor, processes: WarpedProcesses | None, latent_only: bool) -> Tensor:
         if self.process_heads is None or processes is None:
-            return super()._output(tokens, X, processes)
+            return self._logits(tokens, latent_only).flatten(-2)
         processes = processes.flat()
         mean, variance = processes.at(self._padded(X))
         tokens = tokens + self.process_heads.told(processes, mean, variance)
-        logits = super()._output(tokens, X, None).unflatten(-1, (2, self.num_buckets))
+        logits = self._logits(tokens, latent_only)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         inner = self._borders(logits)[0][1:-1]
         return self.process_heads.mixed(logits, tokens, processes, mean, variance, inner).flatten(-2)
+
+    def _logits(self, tokens: Tensor, latent_only: bool) -> Tensor:
+        """(B, q, L, K), those of f first."""
+        hidden, last = self.head[:-1](self.norm(tokens)), self.head[-1]
+        rows = self.num_buckets if latent_only else 2 * self.num_buckets
+        return F.linear(hidden, last.weight[:rows], last.bias[:rows]).unflatten(-1, (-1, self.num_buckets))
 
     def _borders(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Borders and tail scales; those of a network in half precision have lost their digits."""
@@ -144,16 +150,13 @@ class SetTransformer(SetTrunk):
         borders, tails = (like.new_tensor(list(self._arguments[name])) for name in ("borders", "tail_scales"))
         return borders, tails
 
-    def distributions(self, output: Tensor) -> tuple[Histogram, Histogram]:
-        """The histograms of f and of y, batch shape (*batch, q), of logits (*batch, q, 2 K), f's first."""
+    def distributions(self, output: Tensor) -> tuple[Histogram, ...]:
+        """The histograms of f and of y, or of f alone, batch shape (*batch, q), of logits (*batch, q, L K)."""
         # Borders and sums of probabilities need more digits than half precision has.
         output = output.to(torch.promote_types(output.dtype, torch.float32))
-        f, y = output.unflatten(-1, (2, self.num_buckets)).unbind(-2)
         borders, tails = self._borders(output)
-        return (
-            Histogram(borders, f, tails, validate_args=False),
-            Histogram(borders, y, tails, validate_args=False),
-        )
+        parts = output.unflatten(-1, (-1, self.num_buckets)).unbind(-2)
+        return tuple(Histogram(borders, logits, tails, validate_args=False) for logits in parts)
 
 
 class SetClassifier(SetTrunk):

@@ -147,25 +147,27 @@ class SetTrunk(Configured, nn.Module):
         places = self._places(context_X, features)
         tokens = self.embed_x(places) + self.embed_y(self._outcomes(context_y)) + summary
         tokens, places = (part.reshape(math.prod(batch), n, part.shape[-1]) for part in (tokens, places))
-        readers = None if self.process_heads is None or processes is not None else self._readers(summary)
+        if self.process_heads is not None and processes is None:
+            # Readers are queries at the middle of the inputs: beside the rows' tokens, for one pass through each layer.
+            tokens = torch.cat([tokens, self._readers(summary)], 1)
+            places = F.pad(places, (0, 0, 0, tokens.shape[1] - n))
         keys, values = [], []
-        for index, layer in enumerate(self._blocks):
-            key, value = layer.keys_and_values(tokens, places)
+        for index, (layer, basis) in enumerate(zip(self._blocks, self._bases(places), strict=True)):
+            key, value = layer.keys_and_values(tokens[:, :n], places[:, :n])
             keys.append(key.reshape(*batch, *key.shape[1:]))
             values.append(value.reshape(*batch, *value.shape[1:]))
-            if index + 1 < len(self._blocks):
-                tokens = layer(tokens, places, key, value)
-            if readers is not None:
-                readers = layer(readers, readers.new_zeros(*readers.shape[:-1], self.max_features), key, value)
+            if index + 1 == len(self._blocks):
+                tokens, basis = tokens[:, n:], basis[:, :, n:]
+            if tokens.shape[1]:
+                tokens = layer(tokens, basis, key, value)
         cache = ContextCache(tuple(keys), tuple(values), summary, num_features)
         if self.process_heads is None:
             return cache
         padded = self._padded(context_X)
-        if readers is None:
-            assert processes is not None
+        if processes is not None:
             processes = processes.expand(batch)
         else:
-            processes = self.process_heads.read(readers.reshape(*batch, *readers.shape[1:]), num_features, offset)
+            processes = self.process_heads.read(tokens.reshape(*batch, *tokens.shape[1:]), num_features, offset)
             if not self.training:  # it would cost three times as much
                 processes = towards_evidence(processes, padded, context_y)
         num_known = processes.root.shape[-1]
@@ -183,40 +185,41 @@ class SetTrunk(Configured, nn.Module):
         tokens = self.embed_x(places) + self.embed_y(self._outcomes(y)) + summary
         tokens, places = (part.reshape(math.prod(batch), *part.shape[-2:]) for part in (tokens, places))
         keys, values = [], []
-        for layer, old_key, old_value in zip(self._blocks, cache.keys, cache.values, strict=True):
+        layers = zip(self._blocks, self._bases(places), cache.keys, cache.values, strict=True)
+        for layer, basis, old_key, old_value in layers:
             new = (
                 part[..., :-1, :].reshape(*batch, *part.shape[-3:-2], -1, part.shape[-1])
                 for part in layer.keys_and_values(tokens, places)
             )
             key, value = (torch.cat([one, old], -2) for one, old in zip(new, (old_key, old_value), strict=True))
-            tokens = layer(tokens, places, *(part.reshape(len(tokens), *part.shape[-3:]) for part in (key, value)))
+            tokens = layer(tokens, basis, *(part.reshape(len(tokens), *part.shape[-3:]) for part in (key, value)))
             keys.append(key)
             values.append(value)
         processes = None if cache.processes is None else cache.processes.given(self._padded(X), y)
         return ContextCache(tuple(keys), tuple(values), summary, cache.num_features, processes)
 
-    def query(self, cache: ContextCache, X: Tensor) -> Tensor:
+    def query(self, cache: ContextCache, X: Tensor, latent_only: bool = False) -> Tensor:
         """What the head gives at queries.
 
         Args:
             cache: from :meth:`encode`, for contexts with batch shape ``batch``.
             X: (*extra, *batch, q, d); dimensions of size 1 in place of ``batch`` broadcast.
+            latent_only: leave out what is only needed for observations, where it is told apart.
 
         Returns:
-            (*extra, *batch, q, num_outputs).
+            (*extra, *batch, q, num_outputs), or fewer numbers.
         """
         shape, rows = _rows_of_contexts(X, cache)
         num_batch, num_extra, q = len(rows), math.prod(shape) // max(len(rows), 1), X.shape[-2]
         features = cache.num_features.to(X).reshape(num_batch)
         places = self._places(rows, features)
         tokens = self.embed_x(places) + self.query_token + cache.summary.reshape(num_batch, 1, -1)
-        for layer, key, value in zip(self._blocks, cache.keys, cache.values, strict=True):
+        for layer, basis, key, value in zip(self._blocks, self._bases(places), cache.keys, cache.values, strict=True):
             key, value = (part.reshape(num_batch, *part.shape[-3:]) for part in (key, value))
-            tokens = layer(tokens, places, key, value)
-        output = (
-            self._output(tokens, rows, cache.processes).reshape(num_batch, num_extra, q, self.num_outputs).movedim(1, 0)
-        )
-        return output.reshape(*shape, q, self.num_outputs)
+            tokens = layer(tokens, basis, key, value)
+        output = self._output(tokens, rows, cache.processes, latent_only)
+        output = output.reshape(num_batch, num_extra, q, output.shape[-1]).movedim(1, 0)
+        return output.reshape(*shape, *output.shape[-2:])
 
     def correlations(self, cache: ContextCache, X: Tensor) -> Tensor:
         """Correlations of f between the points X (*extra, *batch, q, d), as for :meth:`query`: (*extra, *batch, q, q).
@@ -253,6 +256,13 @@ class SetTrunk(Configured, nn.Module):
     def _blocks(self) -> list[DistanceLayer]:
         return [layer for layer in self.layers if isinstance(layer, DistanceLayer)]
 
+    def _bases(self, places: Tensor) -> list[Tensor]:
+        """Of all layers, which share one unless each combines the features in its own way."""
+        blocks = self._blocks
+        if any(layer.combines for layer in blocks):
+            return [layer.basis(places) for layer in blocks]
+        return [blocks[0].basis(places)] * len(blocks) if blocks else []
+
     def _summary(self, n: int, num_features: Tensor) -> Tensor:
         size = [torch.full_like(num_features, math.log1p(n) / 6), num_features / self.max_features]
         return self.embed_size(torch.stack(size, -1))[..., None, :]
@@ -270,7 +280,7 @@ class SetTrunk(Configured, nn.Module):
         assert self.process_heads is not None
         return self.process_heads.tokens + summary.reshape(-1, 1, summary.shape[-1])
 
-    def _output(self, tokens: Tensor, X: Tensor, processes: WarpedProcesses | None) -> Tensor:
+    def _output(self, tokens: Tensor, X: Tensor, processes: WarpedProcesses | None, latent_only: bool) -> Tensor:
         """Numbers (B, q, num_outputs) of the tokens of queries at X (B, q, d)."""
         output: Tensor = self.head(self.norm(tokens))
         return output

@@ -26,6 +26,8 @@ from bayesnn.inference.amortized.tasks.covariances import NUM_REFERENCE, referen
 DEGREES = (2, 3, 4, 5)  # of the warp, by Horner's rule
 FAR = 1.5  # times the bounds of a uniform input: the warp is a shift beyond
 LEAST_VARIANCE = 1e-8  # of f, in place of what rounding may make negative
+LEAST_SPREAD = 1e-4
+LEAST_SQUARED_DISTANCE = 1e-12  # whose root has a gradient
 
 
 class WarpedProcesses(NamedTuple):
@@ -62,7 +64,7 @@ class WarpedProcesses(NamedTuple):
         """Given no rows yet."""
         d = sharpness.shape[-1]
         reference = _placed(sharpness, warp, reference_inputs(d).to(noise).expand(*noise.shape[:-1], -1, -1))
-        within = _matern32(reference, reference).mean((-1, -2))
+        within = matern32(reference, reference)[0].mean((-1, -2))
         return WarpedProcesses(sharpness, warp, amplitude, noise, offset, within, reference, *_no_rows(noise))
 
     def without_rows(self) -> WarpedProcesses:
@@ -75,7 +77,7 @@ class WarpedProcesses(NamedTuple):
         """Given more rows, (*batch, k, d) and (*batch, k, 1): the factor grows by blocks."""
         n, k = self.root.shape[-1], X.shape[-2]
         places = _placed(self.sharpness, self.warp, X.to(self.noise))
-        kernel = _matern32(torch.cat([self.places, places], -2), places)
+        kernel = matern32(torch.cat([self.places, places], -2), places)[0]
         own = kernel[..., :NUM_REFERENCE, :].mean(-2)
         covariance = self._centred(kernel[..., NUM_REFERENCE:, :], torch.cat([self.own, own], -1), own)
         K = covariance[..., n:, :] + self.noise.square()[..., None, None] * torch.eye(
@@ -104,7 +106,7 @@ class WarpedProcesses(NamedTuple):
         """Means and variances (*batch, H, q) of f at X (*batch, q, d)."""
         _, own, cross = self._seen(X)
         within = self.within[..., None]
-        prior = self.amplitude.square()[..., None] * (1 + within - 2 * own) / _spread(within)
+        prior = self.amplitude.square()[..., None] * (1 + within - 2 * own) / spread(within)
         prior = prior + self.offset.square()[..., None]
         mean = (cross.mT @ self.whitened)[..., 0]
         return mean, (prior - cross.square().sum(-2)).clamp_min(LEAST_VARIANCE)
@@ -115,8 +117,8 @@ class WarpedProcesses(NamedTuple):
         places, own = places.unflatten(-2, (-1, q)), own.unflatten(-1, (-1, q))
         mean = (cross.mT @ self.whitened)[..., 0].unflatten(-1, (-1, q))
         cross = cross.unflatten(-1, (-1, q)).movedim(-2, -3)
-        within, scale = self.within[..., None], (self.amplitude.square() / _spread(self.within))[..., None]
-        prior = _matern32(places, places) - own[..., :, None] - (own - within[..., None])[..., None, :]
+        within, scale = self.within[..., None], (self.amplitude.square() / spread(self.within))[..., None]
+        prior = matern32(places, places)[0] - own[..., :, None] - (own - within[..., None])[..., None, :]
         prior = scale[..., None, None] * prior + self.offset.square()[..., None, None, None]
         return mean, prior - cross.mT @ cross
 
@@ -139,14 +141,14 @@ class WarpedProcesses(NamedTuple):
         factor makes of their covariances with the rows, (*batch, H, n, m).
         """
         places = _placed(self.sharpness, self.warp, X.to(self.noise))
-        kernel = _matern32(self.places, places)
+        kernel = matern32(self.places, places)[0]
         own = kernel[..., :NUM_REFERENCE, :].mean(-2)
         covariance = self._centred(kernel[..., NUM_REFERENCE:, :], self.own, own)
         return places, own, torch.linalg.solve_triangular(self.root, covariance, upper=False)
 
     def _centred(self, kernel: Tensor, own: Tensor, other: Tensor) -> Tensor:
         """The covariances of f from the kernel (*batch, H, n, m) and the means of both sides with the reference inputs."""
-        scale = self.amplitude.square() / _spread(self.within)
+        scale = self.amplitude.square() / spread(self.within)
         centred = kernel - own[..., :, None] - (other - self.within[..., None])[..., None, :]
         return scale[..., None, None] * centred + self.offset.square()[..., None, None]
 
@@ -160,21 +162,35 @@ def _no_rows(noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _placed(sharpness: Tensor, warp: Tensor, X: Tensor) -> Tensor:
     """Inputs (*batch, n, d) in z: (*batch, H, n, d)."""
     X = X.unsqueeze(-3)
-    # In [-1, 1] where the bounds are known; far outside, powers would run away.
-    small = (X / math.sqrt(3)).clamp(-FAR, FAR)
+    small = _small(X)
     bend = warp.unsqueeze(-3)[..., -1] * small
     for index in reversed(range(len(DEGREES) - 1)):
         bend = (bend + warp.unsqueeze(-3)[..., index]) * small
     return (X + bend * small) * sharpness.unsqueeze(-2)
 
 
-def _matern32(first: Tensor, second: Tensor) -> Tensor:
-    """That of ``tasks.covariances``, with a gradient where points coincide."""
-    norms = first.square().sum(-1)[..., :, None] + second.square().sum(-1)[..., None, :]
-    distance = (3 * (norms - 2 * first @ second.mT).clamp_min(0) + 1e-12).sqrt()
-    return (1 + distance) * torch.exp(-distance)
+def _small(X: Tensor) -> Tensor:
+    """In [-1, 1] where the bounds are known; far outside, powers would run away."""
+    return (X / math.sqrt(3)).clamp(-FAR, FAR)
 
 
-def _spread(within: Tensor) -> Tensor:
+def powers(X: Tensor) -> Tensor:
+    """What the warp's coefficients multiply, (*X.shape, 4)."""
+    return torch.stack([_small(X) ** degree for degree in DEGREES], -1)
+
+
+def matern32(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    r"""That of ``tasks.covariances``, of points that may coincide, and its factor :math:`\exp(-\sqrt 3 r)`."""
+    first, second = math.sqrt(3) * first, math.sqrt(3) * second
+    norms, others = (points.square().sum(-1, keepdim=True) for points in (first, second))
+    # A squared distance is an inner product of longer rows: one operation, where each costs as much as its numbers' way.
+    left = torch.cat([first, norms, torch.ones_like(norms)], -1)
+    right = torch.cat([-2 * second, torch.ones_like(others), others], -1)
+    distance = (left @ right.mT).clamp_min(LEAST_SQUARED_DISTANCE).sqrt()
+    decay = (-distance).exp()
+    return torch.addcmul(decay, distance, decay), decay
+
+
+def spread(within: Tensor) -> Tensor:
     """The variance over the reference inputs by which the centred kernel is divided."""
-    return (1 - within).clamp_min(1e-4)
+    return (1 - within).clamp_min(LEAST_SPREAD)

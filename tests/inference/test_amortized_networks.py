@@ -107,7 +107,7 @@ def test_attention_with_distances_written_out(d):
         -1
     )
     merged = tokens + layer.merge((logits.softmax(-1) @ value[..., :8]).transpose(1, 2).flatten(-2))
-    torch.testing.assert_close(layer(tokens, at, key, value), merged + layer.mlp(layer.norm_mlp(merged)))
+    torch.testing.assert_close(layer(tokens, layer.basis(at), key, value), merged + layer.mlp(layer.norm_mlp(merged)))
 
 
 def test_half_precision(network, data):

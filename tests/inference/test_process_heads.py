@@ -7,11 +7,17 @@ import torch
 from torch.distributions import Normal
 
 from bayesnn.histogram import prior_borders
-from bayesnn.inference.amortized.evidence_ascent import LEAST_ROWS, MOST_ROWS, towards_evidence
+from bayesnn.inference.amortized.evidence_ascent import (
+    LEAST_LOG_NOISE,
+    LEAST_ROWS,
+    MOST_ROWS,
+    evidence_gradient,
+    towards_evidence,
+)
 from bayesnn.inference.amortized.process_heads import ProcessHeads, bucket_probabilities
-from bayesnn.inference.amortized.tasks.covariances import JITTER, centred, conditional, matern32
+from bayesnn.inference.amortized.tasks.covariances import JITTER, centred, conditional, matern32, reference_inputs
 from bayesnn.inference.amortized.transformer import SetTransformer
-from bayesnn.inference.amortized.warped_processes import WarpedProcesses
+from bayesnn.inference.amortized.warped_processes import WarpedProcesses, powers
 
 BORDERS = prior_borders(torch.linspace(-3, 3, 100), 12).tolist()
 SIZES = {"width": 16, "num_layers": 2, "num_heads": 2}
@@ -130,16 +136,16 @@ def test_far_inputs_have_a_covariance():
 
 
 def test_bucket_probabilities():
-    """Differences of the normal distribution function, with gradients by finite differences."""
+    """Differences of mixtures' distribution functions, with gradients by finite differences."""
     mean, std = normals(3, 2).requires_grad_(), (0.3 * normals(3, 2, seed=1)).exp().requires_grad_()
+    weights = normals(3, 2, seed=2).softmax(-1).requires_grad_()
     inner = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    found = bucket_probabilities(mean, std, inner)
-    below = Normal(mean[..., None], std[..., None]).cdf(inner)
-    torch.testing.assert_close(
-        found, torch.cat([below, torch.ones(3, 2, 1)], -1).diff(dim=-1, prepend=torch.zeros(3, 2, 1))
-    )
-    torch.testing.assert_close(found.sum(-1), torch.ones(3, 2, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda mean, std: bucket_probabilities(mean, std, inner), (mean, std))
+    found = bucket_probabilities(weights, mean, std, inner)
+    below = (weights[..., None] * Normal(mean[..., None], std[..., None]).cdf(inner)).sum(-2)
+    wanted = torch.cat([below, torch.ones(3, 1)], -1).diff(dim=-1, prepend=torch.zeros(3, 1))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found.sum(-1), torch.ones(3, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda *values: bucket_probabilities(*values, inner), (weights, mean, std))
 
 
 def test_the_mixture_written_out():
@@ -199,6 +205,20 @@ def waves(num_rows):
     return X, (X[..., :1] + X[..., 1:2]).sin() + 0.01 * normals(3, num_rows, 1, seed=9)
 
 
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_function_values_alone(num_processes):
+    """The answer for f doesn't depend on whether that for observations is asked for."""
+    network = SetTransformer(4, BORDERS, (1.0, 1.0), **SIZES, num_processes=num_processes).double().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * normals(*parameter.shape, seed=parameter.numel()))
+        cache, X = network.encode(normals(3, 6, 4), normals(3, 6, 1, seed=1)), normals(3, 5, 4, seed=2)
+        f, y = network.distributions(network.query(cache, X))
+        (alone,) = network.distributions(network.query(cache, X, latent_only=True))
+    torch.testing.assert_close(alone.logits, f.logits)
+    assert not torch.allclose(f.logits, y.logits)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("num_rows", [LEAST_ROWS, MOST_ROWS + 50])
 def test_refined_processes(num_rows, ties):
@@ -214,6 +234,30 @@ def test_refined_processes(num_rows, ties):
         again = towards_evidence(some_processes(), X[:, order], y[:, order])
     for one, other in zip(after, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("log_noise", [-3.0, -8.0])
+def test_gradient_of_the_evidence(log_noise):
+    """As autograd finds it; noise below the least one counts as that, and features that don't count move nothing."""
+    X, y = waves(40)
+    processes, d = some_processes(), 4
+    log_noise = torch.full((3, 2, 1), log_noise, dtype=torch.float64)
+    parts = (
+        0.3 * normals(3, 2, d, seed=1),
+        processes.warp.flatten(-2),
+        processes.amplitude.log()[..., None],
+        log_noise,
+    )
+    theta, counts = torch.cat(parts, -1).requires_grad_(), processes.sharpness > 0
+    log_sharpness, warp, log_amplitude, log_noise = theta.split([d, 4 * d, 1, 1], -1)
+    noise = log_noise[..., 0].clamp_min(LEAST_LOG_NOISE).exp()
+    prior = WarpedProcesses.prior(
+        log_sharpness.exp() * counts, warp.unflatten(-1, (d, 4)), log_amplitude[..., 0].exp(), noise, processes.offset
+    )
+    (wanted,) = torch.autograd.grad(prior.given(X, y).log_evidence.sum(), theta)
+    places = torch.cat([reference_inputs(d).expand(3, -1, -1), X], -2)
+    found = evidence_gradient(theta.detach(), (places, powers(places)), y, counts, processes.offset)
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
 
 
 def test_few_rows_refine_nothing():
