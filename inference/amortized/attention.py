@@ -69,30 +69,29 @@ class DistanceLayer(nn.Module):
         # Values as wide as the keys: the fused kernels want that.
         return key, F.pad(value, (0, key.shape[-1] - value.shape[-1]))
 
-    def basis(self, places: Tensor) -> Tensor:
-        """What a query's sharpnesses are multiplied with, (B, 1, q, 3, d): 2 x and -1 for the keys of rows, and x^2.
+    def basis(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries' sharpnesses are multiplied with: 2 x and -1 for rows' keys, (B, 1, q, 2, d), and x^2, (B, 1, q, d).
 
-        A weighted squared distance lacks its term of the query alone, which the null key, at distance 0, has with the other
-        sign.
+        To a weighted squared distance its term of the query alone is lacking; the null key, at distance 0, has it instead, with
+        the other sign.
         """
         at = self.combine(places).unsqueeze(1)
         # Squared distances are differences of large numbers: never in half precision.
-        at = at.to(torch.promote_types(at.dtype, torch.float32))
-        return torch.stack([2 * at, -torch.ones_like(at), at.square()], -2) * math.sqrt(self.head_width)
+        at, root = at.to(torch.promote_types(at.dtype, torch.float32)), math.sqrt(self.head_width)
+        return torch.stack([2 * root * at, torch.full_like(at, -root)], -2), root * at.square()
 
-    def forward(self, tokens: Tensor, basis: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, basis: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> Tensor:
         """Tokens (B, q, width) with their :meth:`basis`, keys and values of :meth:`keys_and_values`."""
         normed = self.norm_attention(tokens)
-        heads = self.num_heads
+        heads, (of_rows, square) = self.num_heads, basis
         query = self.to_query(normed).unflatten(-1, (heads, self.head_width)).transpose(1, 2)
         log_sharpness = self.to_sharpness(normed).unflatten(-1, (heads, self.num_distances)).transpose(1, 2)
-        sharpness = log_sharpness.clamp(max=MAX_LOG_SHARPNESS).to(basis).exp()
-        terms = sharpness.unsqueeze(-2) * basis
-        of_null = terms[..., 2, :].sum(-1, keepdim=True)
-        query = torch.cat([query.to(basis), terms[..., :2, :].flatten(-2), of_null], -1)
+        sharpness = log_sharpness.clamp(max=MAX_LOG_SHARPNESS).to(square).exp()
+        of_null = (sharpness * square).sum(-1, keepdim=True)
+        query = torch.cat([query.to(square), (sharpness.unsqueeze(-2) * of_rows).flatten(-2), of_null], -1)
         with torch.autocast(query.device.type, enabled=False):
             attended = F.scaled_dot_product_attention(
-                query, key.to(basis), value.to(basis), scale=self.head_width**-0.5
+                query, key.to(square), value.to(square), scale=self.head_width**-0.5
             )
         attended = attended.to(value)
         tokens = tokens + self.merge(attended[..., : self.head_width].transpose(1, 2).flatten(-2))

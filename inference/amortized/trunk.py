@@ -157,7 +157,7 @@ class SetTrunk(Configured, nn.Module):
             keys.append(key.reshape(*batch, *key.shape[1:]))
             values.append(value.reshape(*batch, *value.shape[1:]))
             if index + 1 == len(self._blocks):
-                tokens, basis = tokens[:, n:], basis[:, :, n:]
+                tokens, basis = tokens[:, n:], (basis[0][:, :, n:], basis[1][:, :, n:])
             if tokens.shape[1]:
                 tokens = layer(tokens, basis, key, value)
         cache = ContextCache(tuple(keys), tuple(values), summary, num_features)
@@ -256,7 +256,7 @@ class SetTrunk(Configured, nn.Module):
     def _blocks(self) -> list[DistanceLayer]:
         return [layer for layer in self.layers if isinstance(layer, DistanceLayer)]
 
-    def _bases(self, places: Tensor) -> list[Tensor]:
+    def _bases(self, places: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of all layers, which share one unless each combines the features in its own way."""
         blocks = self._blocks
         if any(layer.combines for layer in blocks):

@@ -105,9 +105,9 @@ class WarpedProcesses(NamedTuple):
     def at(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Means and variances (*batch, H, q) of f at X (*batch, q, d)."""
         _, own, cross = self._seen(X)
-        within = self.within[..., None]
-        prior = self.amplitude.square()[..., None] * (1 + within - 2 * own) / spread(within)
-        prior = prior + self.offset.square()[..., None]
+        scale = self.amplitude.square() / spread(self.within)
+        most = scale * (1 + self.within) + self.offset.square()
+        prior = most[..., None] - (2 * scale)[..., None] * own
         mean = (cross.mT @ self.whitened)[..., 0]
         return mean, (prior - cross.square().sum(-2)).clamp_min(LEAST_VARIANCE)
 
@@ -149,8 +149,8 @@ class WarpedProcesses(NamedTuple):
     def _centred(self, kernel: Tensor, own: Tensor, other: Tensor) -> Tensor:
         """The covariances of f from the kernel (*batch, H, n, m) and the means of both sides with the reference inputs."""
         scale = self.amplitude.square() / spread(self.within)
-        centred = kernel - own[..., :, None] - (other - self.within[..., None])[..., None, :]
-        return scale[..., None, None] * centred + self.offset.square()[..., None, None]
+        shift = scale[..., None] * (self.within[..., None] - own) + self.offset.square()[..., None]
+        return torch.addcmul(shift[..., :, None], scale[..., None, None], kernel - other[..., None, :])
 
 
 def _no_rows(noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,10 +163,10 @@ def _placed(sharpness: Tensor, warp: Tensor, X: Tensor) -> Tensor:
     """Inputs (*batch, n, d) in z: (*batch, H, n, d)."""
     X = X.unsqueeze(-3)
     small = _small(X)
-    bend = warp.unsqueeze(-3)[..., -1] * small
-    for index in reversed(range(len(DEGREES) - 1)):
-        bend = (bend + warp.unsqueeze(-3)[..., index]) * small
-    return (X + bend * small) * sharpness.unsqueeze(-2)
+    *lower, bend = warp.unsqueeze(-3).unbind(-1)
+    for coefficient in reversed(lower):
+        bend = torch.addcmul(coefficient, bend, small)
+    return torch.addcmul(X, bend * small, small) * sharpness.unsqueeze(-2)
 
 
 def _small(X: Tensor) -> Tensor:
