@@ -72,8 +72,8 @@ class DistanceLayer(nn.Module):
     def basis(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """What queries' sharpnesses are multiplied with: 2 x and -1 for rows' keys, (B, 1, q, 2, d), and x^2, (B, 1, q, d).
 
-        To a weighted squared distance its term of the query alone is lacking; the null key, at distance 0, has it instead, with
-        the other sign.
+        To a weighted squared distance its term of the query alone is lacking; the null key, at distance 0, has it with the
+        other sign.
         """
         at = self.combine(places).unsqueeze(1)
         # Squared distances are differences of large numbers: never in half precision.
