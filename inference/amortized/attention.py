@@ -70,10 +70,11 @@ class DistanceLayer(nn.Module):
         return key, F.pad(value, (0, key.shape[-1] - value.shape[-1]))
 
     def basis(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """What queries' sharpnesses are multiplied with: 2 x and -1 for rows' keys, (B, 1, q, 2, d), and x^2, (B, 1, q, d).
+        r"""What queries' sharpnesses s are multiplied with: 2 x and -1, (B, 1, q, 2, d), and :math:`x^2`, (B, 1, q, d).
 
-        To a weighted squared distance its term of the query alone is lacking; the null key, at distance 0, has it with the
-        other sign.
+        Of :math:`-s (x - x')^2 = 2 s x \cdot x' - s \cdot x'^2 - s x^2` the first two terms are products with rows' keys; the
+        last is left out, and added to the null key's logit instead, whose distance is 0. All times the root of a head's width,
+        by which attention divides.
         """
         at = self.combine(places).unsqueeze(1)
         # Squared distances are differences of large numbers: never in half precision.

@@ -134,13 +134,12 @@ class DeepSetNetwork(Configured, nn.Module):
         representation = torch.cat([total / max(n, 1), count[..., None], features[..., None] / self.max_features], -1)
         return ContextSummary(representation[..., None, :], num_features, n)
 
-    def query(self, summary: ContextSummary, X: Tensor, latent_only: bool = False) -> Tensor:
+    def query(self, summary: ContextSummary, X: Tensor) -> Tensor:
         """Mean, std of f and std of the noise at queries.
 
         Args:
             summary: from :meth:`encode`, for contexts with batch shape ``batch``.
             X: (*extra, *batch, q, d).
-            latent_only: for networks that tell apart what is needed for observations; here it makes no difference.
 
         Returns:
             (*extra, *batch, q, 3), in standardised units.

@@ -192,6 +192,11 @@ class AmortizedModel(Model):
 
     def _scaled(self, X: Any) -> Tensor:
         scaled = super()._scaled(X)
+        most = torch.finfo(scaled.dtype).max ** 0.25  # whose squares' products are numbers still
+        if scaled.numel() and not float(scaled.detach().abs().max()) < most:
+            raise ValueError(
+                f"X must be within {most:.1g} standard deviations of its mean, found values beyond: look at them"
+            )
         largest = (self._asked.largest or [math.inf])[0]
         where = None
         if outside(self.bounds, torch.as_tensor(X).detach()):
@@ -235,7 +240,8 @@ class AmortizedModel(Model):
             # Steps up the evidence for each query would cost several times as much as all else.
             shared = context.common.processes if context.common.num_read >= LEAST_ROWS else None
             return self._own.distributions(nearest_output(self._own, context.X, context.Y, X, self.neighbours, shared))
-        output = self._own.query(context.cache, X.unsqueeze(-3), latent_only)  # (*batch, m, q, …)
+        alone = {"latent_only": True} if latent_only and getattr(self._own, "tells_latent_apart", False) else {}
+        output = self._own.query(context.cache, X.unsqueeze(-3), **alone)  # (*batch, m, q, …)
         outputs_at = max(X.dim(), context.Y.dim() - 1) - 2
         return self._own.distributions(output.transpose(outputs_at, outputs_at + 1))
 

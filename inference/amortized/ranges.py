@@ -65,10 +65,11 @@ def outside(bounds: list[tuple[float, float]] | None, X: Tensor) -> bool:
 def check_range(largest: Sequence[float] | None, *rows: Tensor) -> None:
     """Raises ValueError for standardised inputs and outcomes far from all that a network was trained on."""
     for name, values, most in zip("XY", rows, largest or (), strict=False):
-        if float(values.abs().max()) > FAR * most:
+        found = float(values.detach().abs().max())
+        if found > FAR * most:
             raise ValueError(
                 f"{name} must be within {FAR * most:.1f} standard deviations of its mean, twice as far as anything the "
-                f"network was trained on; found {float(values.abs().max()):.1f}: transform it, or drop such rows"
+                f"network was trained on; found {found:.1f}: transform it, or drop such rows"
             )
 
 

@@ -48,6 +48,8 @@ class SetTransformer(SetTrunk):
             scales that aren't two positive numbers.
     """
 
+    tells_latent_apart = True  # ``query`` knows ``latent_only``
+
     def __init__(
         self,
         max_features: int,

@@ -204,10 +204,10 @@ class SetTrunk(Configured, nn.Module):
         Args:
             cache: from :meth:`encode`, for contexts with batch shape ``batch``.
             X: (*extra, *batch, q, d); dimensions of size 1 in place of ``batch`` broadcast.
-            latent_only: leave out what is only needed for observations, where it is told apart.
+            latent_only: of a ``SetTransformer``, the K numbers of f without the K of y; of others it makes no difference.
 
         Returns:
-            (*extra, *batch, q, num_outputs), or fewer numbers.
+            (*extra, *batch, q, num_outputs), or (*extra, *batch, q, K).
         """
         shape, rows = _rows_of_contexts(X, cache)
         num_batch, num_extra, q = len(rows), math.prod(shape) // max(len(rows), 1), X.shape[-2]

@@ -26,7 +26,7 @@ from bayesnn.inference.amortized.tasks.covariances import NUM_REFERENCE, referen
 DEGREES = (2, 3, 4, 5)  # of the warp, by Horner's rule
 FAR = 1.5  # times the bounds of a uniform input: the warp is a shift beyond
 LEAST_VARIANCE = 1e-8  # of f, in place of what rounding may make negative
-LEAST_SPREAD = 1e-4
+LEAST_SPREAD = 1e-4  # of a kernel over the reference inputs, where lengthscales are so large that it is constant
 LEAST_SQUARED_DISTANCE = 1e-12  # whose root has a gradient
 
 
@@ -183,7 +183,7 @@ def matern32(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     r"""That of ``tasks.covariances``, of points that may coincide, and its factor :math:`\exp(-\sqrt 3 r)`."""
     first, second = math.sqrt(3) * first, math.sqrt(3) * second
     norms, others = (points.square().sum(-1, keepdim=True) for points in (first, second))
-    # A squared distance is an inner product of longer rows: one operation, where each costs as much as its numbers' way.
+    # A squared distance as an inner product of longer rows: one matrix product in place of several passes over its result.
     left = torch.cat([first, norms, torch.ones_like(norms)], -1)
     right = torch.cat([-2 * second, torch.ones_like(others), others], -1)
     distance = (left @ right.mT).clamp_min(LEAST_SQUARED_DISTANCE).sqrt()

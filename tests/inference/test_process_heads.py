@@ -148,6 +148,19 @@ def test_bucket_probabilities():
     assert torch.autograd.gradcheck(lambda *values: bucket_probabilities(*values, inner), (weights, mean, std))
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_small_components_keep_their_digits(sign):
+    """In single precision, a light component far above or below a heavy one."""
+    inner, weights = torch.linspace(-2, 2, 101), torch.tensor([1 - 1e-6, 1e-6])
+    mean, std = sign * torch.tensor([-1.0, 1.0]), torch.tensor([0.05, 0.2])
+    found = bucket_probabilities(weights, mean, std, inner)[1:-1]
+    parts = Normal(mean[:, None].double(), std[:, None].double()).cdf(inner.double()).diff(dim=-1)
+    exact = (weights.double()[:, None] * parts).sum(0)
+    middles = (inner[1:] + inner[:-1]) / 2
+    bulk = (middles - mean[1]).abs() < 0.5
+    torch.testing.assert_close(found[bulk].double(), exact[bulk], rtol=1e-4, atol=0)
+
+
 def test_the_mixture_written_out():
     """Weights of the token and the evidence; of f the processes' normals, of y with their noise."""
     heads = ProcessHeads(8, 2, 4).double()
@@ -203,6 +216,22 @@ def waves(num_rows):
     """Rows of a smooth function, which none of ``some_processes`` expects."""
     X = (2 * normals(3, num_rows, 4, seed=8)).clamp(-1.7, 1.7)
     return X, (X[..., :1] + X[..., 1:2]).sin() + 0.01 * normals(3, num_rows, 1, seed=9)
+
+
+def test_readers_are_queries_at_the_middle():
+    """Tokens that attend to the context's rows and to nothing else, whatever their place beside the rows."""
+    network = SetTransformer(4, BORDERS, (1.0, 1.0), **SIZES, num_processes=2).double().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * normals(*parameter.shape, seed=parameter.numel()))
+        X, y = normals(3, 6, 4), normals(3, 6, 1, seed=1)
+        cache = network.encode(X, y)
+        tokens = network.process_heads.tokens + cache.summary
+        for layer, key, value in zip(network.layers, cache.keys, cache.values, strict=True):
+            tokens = layer(tokens, layer.basis(torch.zeros(3, 2, 4, dtype=torch.float64)), key, value)
+        wanted = network.process_heads.read(tokens, cache.num_features)
+    torch.testing.assert_close(cache.processes.sharpness, wanted.sharpness)
+    torch.testing.assert_close(cache.processes.noise, wanted.noise)
 
 
 @pytest.mark.parametrize("num_processes", [0, 2])

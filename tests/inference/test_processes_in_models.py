@@ -1,5 +1,6 @@
 """The shipped network "bo", whose Gaussian processes see outcomes that were standardised by their own rows."""
 
+import pytest
 import torch
 
 from bayesnn import PFN
@@ -76,3 +77,39 @@ def test_queries_with_rows_of_their_own_share_hyperparameters():
     assert model._context.common.num_read == 40 and float(error.max()) < 0.05
     conditioned = model.condition_on_observations(uniform(3, 2, seed=4), bowl(uniform(3, 2, seed=4)))
     assert conditioned._context.cache is None and bool(conditioned.posterior(queries).mean.isfinite().all())
+
+
+class Foreign(torch.nn.Module):
+    """A network of someone else's, with what ``AmortizedModel`` asks for and no more: normals around the context's mean."""
+
+    max_features, largest = 3, None
+
+    def encode(self, X, y, num_features=None):
+        return y.mean(-2, keepdim=True)
+
+    def query(self, cache, X):
+        return (cache + 0 * X[..., :1]).expand(*torch.broadcast_shapes(cache.shape[:-2], X.shape[:-2]), X.shape[-2], 1)
+
+    def distributions(self, output):
+        mean = output[..., 0]
+        return (
+            torch.distributions.Normal(mean, torch.ones_like(mean)),
+            torch.distributions.Normal(mean, 2 * torch.ones_like(mean)),
+        )
+
+
+def test_a_network_of_someone_else():
+    X, y = torch.rand(6, 3, dtype=torch.float64), torch.arange(6.0, dtype=torch.float64)[:, None]
+    model = PFN(Foreign()).fit(X, y)
+    torch.testing.assert_close(model.predict(X[:2]).mean, y.mean().expand(2, 1))
+    found = model.posterior(X[:2])
+    torch.testing.assert_close(found.variance, y.var().expand(2, 1), rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_queries_too_far_for_numbers(dtype):
+    """Where squared distances would overflow, an error in place of NaN."""
+    X = torch.rand(6, 2, dtype=dtype)
+    model = PFN("bo").fit(X, X.sum(-1, keepdim=True))
+    with pytest.raises(ValueError, match="X must be within"):
+        model.predict(torch.full((1, 2), 1e30 if dtype == torch.float32 else 1e200, dtype=dtype))
