@@ -85,16 +85,16 @@ def forward(repeats: int, threads: int, rows: list[dict[str, Any]]) -> dict[str,
 class EachTime(PFN):
     """Encodes its context again for each evaluation."""
 
-    def _marginals(self, context: Any, X: Tensor) -> Any:
-        return super()._marginals(self._encode(context.X, context.Y), X)
+    def _marginals(self, context: Any, X: Tensor, latent_only: bool = False) -> Any:
+        return super()._marginals(self._encode(context.X, context.Y), X, latent_only)
 
 
 class EachCandidate(PFN):
     """Encodes its context again for each evaluation and each candidate, as BoTorch's own PFNModel does."""
 
-    def _marginals(self, context: Any, X: Tensor) -> Any:
+    def _marginals(self, context: Any, X: Tensor, latent_only: bool = False) -> Any:
         parts = (part.expand(*X.shape[:-2], *part.shape) for part in (context.X, context.Y))
-        return super()._marginals(self._encode(*parts), X)
+        return super()._marginals(self._encode(*parts), X, latent_only)
 
 
 def task(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
