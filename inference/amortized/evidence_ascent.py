@@ -60,8 +60,8 @@ def towards_evidence(processes: WarpedProcesses, X: Tensor, y: Tensor) -> Warped
         start, state = values, adam_init({"theta": values})
         for _ in range(NUM_STEPS):
             gradient = evidence_gradient(values, terms, y.to(offset), counts, offset) - precision * (values - start)
-            moved, state = adam_step({"theta": values}, {"theta": -gradient}, state, RATE)
-            values = moved["theta"]
+            stepped, state = adam_step({"theta": values}, {"theta": -gradient}, state, RATE)
+            values = stepped["theta"]
     moved = read + (values - start)
     log_sharpness, warp, log_amplitude, log_noise = moved.split([d, len(DEGREES) * d, 1, 1], -1)
     return WarpedProcesses.prior(

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from bayesnn.checks import count
@@ -142,6 +142,7 @@ class SetTransformer(SetTrunk):
     def _logits(self, tokens: Tensor, latent_only: bool) -> Tensor:
         """(B, q, L, K), those of f first."""
         hidden, last = self.head[:-1](self.norm(tokens)), self.head[-1]
+        assert isinstance(last, nn.Linear)
         rows = self.num_buckets if latent_only else 2 * self.num_buckets
         return F.linear(hidden, last.weight[:rows], last.bias[:rows]).unflatten(-1, (-1, self.num_buckets))
 

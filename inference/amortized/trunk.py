@@ -168,7 +168,9 @@ class SetTrunk(Configured, nn.Module):
             processes = processes.expand(batch)
         else:
             processes = self.process_heads.read(tokens.reshape(*batch, *tokens.shape[1:]), num_features, offset)
-            if not self.training:  # networks that were trained through these steps became worse, by 0.03 nats at 100 rows
+            if (
+                not self.training
+            ):  # networks that were trained through these steps became worse, by 0.03 nats at 100 rows
                 processes = towards_evidence(processes, padded, context_y)
         num_known = processes.root.shape[-1]
         return cache._replace(processes=processes.given(padded[..., num_known:, :], context_y[..., num_known:, :]))
